@@ -1,0 +1,1 @@
+"""Kind token: layers through which a query stream reads a key/value stream. `base` is the contract."""

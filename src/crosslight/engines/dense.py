@@ -1,0 +1,163 @@
+"""Dense attention: a score for every pair, a normaliser over each row of scores, a weighted sum of values.
+
+Softmax goes to ``scaled_dot_product_attention``. Every other normaliser runs over chunks of queries that are
+recomputed in the backward pass, so that no (n, m) tensor is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from crosslight.engines import masks
+from crosslight.engines.backend import forced
+from crosslight.engines.masks import Mask
+from crosslight.engines.positions import Bias
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+    Query = Float[Tensor, "batch heads n dim"]
+    Key = Float[Tensor, "batch kv_heads m dim"]
+    Value = Float[Tensor, "batch kv_heads m value_dim"]
+    Weights = Float[Tensor, "batch heads n m"]
+
+#: (scores, keep) -> weights, both (batch, heads, n, m); keep is None or a bool that broadcasts, True = may be read.
+#: Must give weight 0 where keep is False, also in a row with nothing to read, with finite gradients.
+Normaliser = Callable[[Tensor, "Tensor | None"], Tensor]
+
+#: Scores that one chunk of queries may hold (elements); above it the queries are taken in chunks.
+CHUNK = 1 << 24
+
+
+def softmax(scores: Weights, keep: Bool[Tensor, "..."] | None) -> Weights:
+    """Row softmax; rows with nothing to read are zero."""
+    if keep is None:
+        return scores.softmax(-1)
+    # The finite floor keeps gradients finite in empty rows, which the second fill zeroes.
+    floor = torch.finfo(scores.dtype).min
+    return scores.masked_fill(~keep, floor).softmax(-1).masked_fill(~keep, 0.0)
+
+
+def repeat_heads(kv: Float[Tensor, "batch kv_heads m dim"], heads: int) -> Float[Tensor, "batch heads m dim"]:
+    """Each key/value head repeated for the query heads of its group."""
+    return kv if kv.shape[1] == heads else kv.repeat_interleave(heads // kv.shape[1], dim=1)
+
+
+def visible(
+    q: Query, k: Key, mask: Mask | None, causal: bool, offset: int = 0
+) -> Bool[Tensor, "#batch #heads n m"] | None:
+    """The boolean matrix of ``mask`` and the causal flag, or None if everything may be read."""
+    mask = masks.join(masks.Causal() if causal else None, mask)
+    if mask is None:
+        return None
+    return mask.dense(q.shape[0], q.shape[1], q.shape[2], k.shape[2], device=q.device, offset=offset)
+
+
+def scores(
+    q: Query, k: Key, *, scale: float | None = None, bias: Tensor | Bias | None = None, offset: int = 0
+) -> Weights:
+    """q k^T * scale + bias, scale 1/sqrt(dim) unless given."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    s = (q * scale) @ repeat_heads(k, q.shape[1]).transpose(-1, -2)
+    return s if bias is None else s + dense_bias(bias, q, k, offset)
+
+
+def dense_bias(bias: Tensor | Bias, q: Query, k: Key, offset: int = 0) -> Float[Tensor, "#batch #heads n m"]:
+    if isinstance(bias, Tensor):
+        return bias.to(q.dtype)
+    i = torch.arange(offset, offset + q.shape[2], device=q.device).view(-1, 1)
+    return bias.bias(i, torch.arange(k.shape[2], device=q.device)).unsqueeze(0).to(q.dtype)
+
+
+def weights(
+    q: Query,
+    k: Key,
+    *,
+    mask: Mask | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    bias: Tensor | Bias | None = None,
+    normaliser: Normaliser = softmax,
+    offset: int = 0,
+) -> Weights:
+    """The attention matrix: normaliser(q k^T * scale + bias) over the visible keys."""
+    return normaliser(scores(q, k, scale=scale, bias=bias, offset=offset), visible(q, k, mask, causal, offset))
+
+
+def attend(
+    q: Query,
+    k: Key,
+    v: Value,
+    *,
+    mask: Mask | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    bias: Tensor | Bias | None = None,
+    normaliser: Normaliser = softmax,
+    offset: int = 0,
+) -> Float[Tensor, "batch heads n value_dim"]:
+    """weights(q, k) @ v by the fastest exact way.
+
+    Args:
+        q, k, v: (batch, heads, n, dim), (batch, kv_heads, m, dim), (batch, kv_heads, m, value_dim); heads is a
+            multiple of kv_heads.
+        causal: query i (at position offset + i) reads keys j <= offset + i.
+        bias: added to the scores before the normaliser.
+    """
+    how = {"mask": mask, "causal": causal, "scale": scale, "bias": bias, "offset": offset}
+    if forced() == "reference":
+        return weights(q, k, normaliser=normaliser, **how) @ repeat_heads(v, q.shape[1])  # type: ignore[arg-type]
+    if normaliser is softmax:
+        return _sdpa(q, k, v, mask, causal, scale, bias, offset)
+    return _chunked(q, k, v, mask, causal, scale, bias, offset, normaliser)
+
+
+def _sdpa(q, k, v, mask, causal, scale, bias, offset):
+    is_causal, keep, rest = masks.split(mask)
+    causal = causal or is_causal
+    heads, kv_heads = q.shape[1], k.shape[1]
+    grouped = heads != kv_heads and not torch.is_grad_enabled()
+    if heads != kv_heads and not grouped:  # SDPA's grouped backward is the slower one on CPU
+        k, v = repeat_heads(k, heads), repeat_heads(v, heads)
+    if causal and offset + 1 >= k.shape[2]:
+        causal = False  # a single query at the end reads everything
+    attn_mask = None
+    if rest is not None or bias is not None or (causal and (keep is not None or offset)):
+        attn_mask, causal = visible(q, k, mask, causal, offset), False
+        if bias is not None:
+            attn_bias = dense_bias(bias, q, k, offset)
+            attn_mask = attn_bias if attn_mask is None else attn_bias.masked_fill(~attn_mask, -math.inf)
+    elif keep is not None:
+        attn_mask = keep[:, None, None, :]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=attn_mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+
+
+def _chunked(q, k, v, mask, causal, scale, bias, offset, normaliser):
+    n = q.shape[2]
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    rows = max(1, CHUNK // (q.shape[0] * q.shape[1] * k.shape[2]))
+
+    def part(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        b = bias[..., start - offset : start - offset + q.shape[2], :] if isinstance(bias, Tensor) else bias
+        return weights(q, k, mask=mask, causal=causal, scale=scale, bias=b, normaliser=normaliser, offset=start) @ v
+
+    if rows >= n:
+        return part(q, k, v, offset)
+    recompute = torch.is_grad_enabled()
+    parts = []
+    for start in range(0, n, rows):
+        piece = q[:, :, start : start + rows]
+        # A chunk of causal queries never reads past its last row.
+        stop = min(k.shape[2], offset + start + rows) if causal and bias is None else k.shape[2]
+        args = (piece, k[:, :, :stop], v[:, :, :stop], offset + start)
+        parts.append(checkpoint(part, *args, use_reentrant=False) if recompute else part(*args))
+    return torch.cat(parts, 2)

@@ -1,0 +1,32 @@
+"""Shared by all tests: one thread (tests run in parallel) and a torchvision that imports without its C operators."""
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+_operators = []
+
+
+def _define_torchvision_operators() -> None:
+    """A CPU-only torch has no matching torchvision build; timm and transformers only need it to import."""
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError, AttributeError):
+        import sys
+
+        for name in [n for n in sys.modules if n.startswith("torchvision")]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms", "roi_align", "ps_roi_align", "roi_pool", "ps_roi_pool", "deform_conv2d"):
+            library.define(f"{name}() -> ()")
+            library.define(f"_{name}_backward() -> ()")
+        _operators.append(library)
+
+
+_define_torchvision_operators()
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
