@@ -6,7 +6,10 @@ each, so that a table compares entrants and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import importlib.util
+import inspect
+import pkgutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -60,6 +63,8 @@ class Task:
     steps: ClassVar[int] = 200
     batch_size: ClassVar[int] = 32
     lr: ClassVar[float] = 1e-3
+    #: Entrants of the task's own, beside the registered ones: a companion of the paper, a lower bound.
+    companions: ClassVar[tuple[str, ...]] = ("none",)
 
     def batches(self, seed: int, batch_size: int) -> Iterator[Batch]:
         """Training batches without end, in an order that depends on the seed alone."""
@@ -81,6 +86,11 @@ class Task:
         """One held-out batch of one example, whose attention the report shows."""
         raise NotImplementedError
 
+    def labels(self, example: Batch) -> dict[str, Any]:
+        """Names of the example's tokens for the report: "rows" (those that ask) and "columns" (those that are read),
+        lists of str, and "image", a tensor (height, width), where the tokens are its pixels."""
+        return {}
+
 
 _tasks: dict[str, type[Task]] = {}
 
@@ -92,7 +102,24 @@ def task(cls: type[Task]) -> type[Task]:
 
 
 def names() -> list[str]:
+    """All tasks, by importing every module of this package."""
+    package = importlib.import_module(__package__)
+    for module in pkgutil.iter_modules(package.__path__, __package__ + "."):
+        importlib.import_module(module.name)
     return sorted(_tasks)
+
+
+def find(name: str) -> type[Task]:
+    """The class of a task by name; imports its module alone where the file has the task's name.
+
+    Raises:
+        CrosslightError: no such task.
+    """
+    module = name.replace("-", "_")
+    if name not in _tasks and module.isidentifier() and importlib.util.find_spec(f"{__package__}.{module}"):
+        importlib.import_module(f"{__package__}.{module}")
+    expect(name in _tasks or name in names(), "task", repr(name), f"one of {', '.join(sorted(_tasks))}")
+    return _tasks[name]
 
 
 def get(name: str, **options: Any) -> Task:
@@ -101,11 +128,10 @@ def get(name: str, **options: Any) -> Task:
     Raises:
         CrosslightError: no such task, or an option that it does not have.
     """
-    expect(name in _tasks, "task", repr(name), f"one of {', '.join(names())}")
-    make: Callable[..., Task] = _tasks[name]
+    make = find(name)
     try:
-        return make(**options)
+        inspect.signature(make).bind(**options)
     except TypeError as error:
-        if "argument" not in str(error):
-            raise
-        raise CrosslightError(f"options of task {name!r}: {error}") from error
+        known = ", ".join(inspect.signature(make).parameters) or "none, it has no options"
+        raise CrosslightError(f"options of task {name!r}: {error}, expected some of {known}") from error
+    return make(**options)
