@@ -24,7 +24,11 @@ class Evidence:
 
     It holds when ``metric`` of the system is at least ``margin`` better than that of ``baseline``, in the mean
     over ``seeds``. "Better" follows the task's metric: higher for an accuracy, lower for a loss. A negative margin
-    states "not worse by more than".
+    states "not worse by more than". Of several tasks, separated by commas, ``metric`` "index" is CAB's compositional
+    index over them.
+
+    Attributes:
+        entrant: the id that enters, where it is not the card's own (a task or an index is shown by what it ranks).
     """
 
     claim: str
@@ -32,6 +36,7 @@ class Evidence:
     metric: str
     margin: float
     baseline: str = "softmax"
+    entrant: str | None = None
     seeds: int = 3
     task_options: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import inspect
 import json
 import pkgutil
@@ -107,13 +107,24 @@ def find(
 def factory(id: str) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The registered class of a system and its default options; imports the system's module."""
     if id not in _registered:
-        if id not in index():
-            load_all()  # a row that was written since the index was
+        if id not in index():  # a row that was written since the index was
+            _import_by_file(id)
         else:
             importlib.import_module(index()[id]["module"])
     if id not in _registered:
         raise _near(id)
     return _registered[id][1:]
+
+
+def _import_by_file(id: str) -> None:
+    """Import the module that has the name of the id, or else all."""
+    name = id.replace("-", "_")
+    for room in ROOMS if name.isidentifier() else ():
+        if importlib.util.find_spec(f"crosslight.{room}.{name}"):
+            importlib.import_module(f"crosslight.{room}.{name}")
+            if id in _registered:
+                return
+    load_all()
 
 
 def create(id: str, *, preset: str | None = None, **options: Any) -> Any:
@@ -152,6 +163,21 @@ def _check_options(id: str, build: Callable[..., Any], make: Callable[..., Any],
     expect(not missing, f"options of {id!r}", ", ".join(options) or "none", f"also {', '.join(missing)}")
 
 
+def options(make: Callable[..., Any]) -> dict[str, str | None]:
+    """Constructor options as text, with their defaults; None where there is none."""
+    build = getattr(make, "build", make)
+    parameters = dict(inspect.signature(build).parameters)
+    if build is not make:
+        # A core's heads and head_dim come from the layer that `build` puts around it.
+        parameters |= {n: p for n, p in inspect.signature(make).parameters.items() if n not in ("heads", "head_dim")}
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {
+        name: None if p.default is p.empty else p.default if isinstance(p.default, str) else repr(p.default)
+        for name, p in parameters.items()
+        if p.kind not in kinds
+    }
+
+
 def load_all() -> None:
     """Import every room, so that every card registers."""
     for room in ROOMS:
@@ -184,6 +210,7 @@ def build_index(evidence: Path | None = None) -> dict[str, dict[str, Any]]:
                     "module": module.__name__,
                     "doc": (module.__doc__ or "").strip(),
                     "presets": sorted(getattr(make, "presets", {})),
+                    "options": options(make),
                     "status": status,
                     "result": result,
                 }

@@ -331,9 +331,21 @@ class AttentionLayer(Mechanism):
     def _split(self, t: Tensor, heads: int) -> Heads:
         return t.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
 
+    # A mechanism that projects, or joins the heads, in another way overrides these.
+    def _queries(self, x: Stream) -> Heads:
+        return self._split(self.q(x), self.heads)
+
+    def _keys(self, context: Context) -> Heads:
+        return self._split(self.k(context), self.kv_heads)
+
+    def _values(self, context: Context) -> Heads:
+        return self._split(self.v(context), self.kv_heads)
+
+    def _merge(self, y: Heads, x: Stream) -> Stream:
+        return self.out(y.transpose(1, 2).flatten(2))
+
     def _heads(self, x: Stream, context: Context, how: How, offset: int = 0) -> tuple[Heads, Heads, Heads]:
-        q = self._split(self.q(x), self.heads)
-        k, v = self._split(self.k(context), self.kv_heads), self._split(self.v(context), self.kv_heads)
+        q, k, v = self._queries(x), self._keys(context), self._values(context)
         if isinstance(self.position, Rotation):
             q = self.position.rotate(q, offset=offset, grid=how.grid)
             # A context has positions of its own, from 0 on.
@@ -350,23 +362,20 @@ class AttentionLayer(Mechanism):
             extra["grid"] = how.grid
         return extra
 
-    def _merge(self, y: Heads) -> Stream:
-        return self.out(y.transpose(1, 2).flatten(2))
-
     def _forward(self, x, context, how):
         q, k, v = self._heads(x, context, how)
-        return self._merge(self.core(q, k, v, mask=how.mask, causal=how.triangular, **self._extra(how)))
+        return self._merge(self.core(q, k, v, mask=how.mask, causal=how.triangular, **self._extra(how)), x)
 
     def _weights(self, x, context, how):
         q, k, _ = self._heads(x, context, how)
         return self.core.weights(q, k, mask=how.mask, causal=how.triangular, **self._extra(how))
 
     def _read(self, weights, x, context, how):
-        v = self._split(self.v(context), self.kv_heads)
+        v = self._values(context)
         if not self.core.grouped:
             v = dense.repeat_heads(v, self.heads)
         extra = {"grid": how.grid} if self.core.takes_grid and how.grid is not None else {}
-        return self._merge(self.core.read(weights, v, **extra))
+        return self._merge(self.core.read(weights, v, **extra), x)
 
     def _step(self, x, cache, context, how):
         length = 0 if cache is None else cache.length
@@ -376,14 +385,14 @@ class AttentionLayer(Mechanism):
                 q, k, v = self._heads(x, context, how)
                 state = (k, v, how.mask)
             else:
-                q, state = self._split(self.q(x), self.heads), cache.state
+                q, state = self._queries(x), cache.state
                 if isinstance(self.position, Rotation):
                     q = self.position.rotate(q, offset=length)
             y = self.core(q, state[0], state[1], mask=state[2], **self._offset(extra, length))
         else:
             q, k, v = self._heads(x, x, how, offset=length)
             y, state = self.core.step(q, k, v, None if cache is None else cache.state, **self._offset(extra, length))
-        return self._merge(y), LayerCache(length + x.shape[1], state, how.cross)
+        return self._merge(y, x), LayerCache(length + x.shape[1], state, how.cross)
 
     def _offset(self, extra: dict[str, Any], length: int) -> dict[str, Any]:
         return extra | ({"offset": length} if "bias" in extra else {})

@@ -36,13 +36,31 @@ Normaliser = Callable[[Tensor, "Tensor | None"], Tensor]
 CHUNK = 1 << 24
 
 
-def softmax(scores: Weights, keep: Bool[Tensor, "..."] | None) -> Weights:
+def softmax(scores: Weights, keep: Bool[Tensor, "#batch #heads n m"] | None) -> Weights:
     """Row softmax; rows with nothing to read are zero."""
     if keep is None:
         return scores.softmax(-1)
     # The finite floor keeps gradients finite in empty rows, which the second fill zeroes.
     floor = torch.finfo(scores.dtype).min
     return scores.masked_fill(~keep, floor).softmax(-1).masked_fill(~keep, 0.0)
+
+
+def sigmoid(scores: Weights, keep: Bool[Tensor, "#batch #heads n m"] | None, bias: float | None = None) -> Weights:
+    """sigmoid(scores + bias), each weight on its own; ``bias`` is -log(keys that the row may read) unless given."""
+    if bias is not None:
+        weights = (scores + bias).sigmoid()
+    elif keep is None:
+        weights = (scores - math.log(scores.shape[-1])).sigmoid()
+    else:
+        dtype = torch.promote_types(scores.dtype, torch.float32)
+        count = keep.expand(*keep.shape[:-1], scores.shape[-1]).sum(-1, keepdim=True, dtype=dtype)
+        weights = (scores - count.clamp(min=1).log().to(scores.dtype)).sigmoid()
+    return weights if keep is None else weights.masked_fill(~keep, 0.0)
+
+
+def signed(scores: Weights, keep: Bool[Tensor, "#batch #heads n m"] | None) -> Weights:
+    """The softmax of the magnitudes with the signs of the scores: a row's magnitudes sum to 1."""
+    return scores.sign() * softmax(scores.abs(), keep)
 
 
 def repeat_heads(kv: Float[Tensor, "batch kv_heads m dim"], heads: int) -> Float[Tensor, "batch heads m dim"]:
@@ -142,22 +160,30 @@ def _sdpa(q, k, v, mask, causal, scale, bias, offset):
 
 
 def _chunked(q, k, v, mask, causal, scale, bias, offset, normaliser):
-    n = q.shape[2]
+    causal = causal or masks.split(mask)[0]
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
-    rows = max(1, CHUNK // (q.shape[0] * q.shape[1] * k.shape[2]))
 
-    def part(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-        b = bias[..., start - offset : start - offset + q.shape[2], :] if isinstance(bias, Tensor) else bias
-        return weights(q, k, mask=mask, causal=causal, scale=scale, bias=b, normaliser=normaliser, offset=start) @ v
+    def part(start: int, stop: int) -> Tensor:
+        # Causal queries never read past the last one of their chunk.
+        m = min(k.shape[2], offset + stop) if causal else k.shape[2]
+        b = bias
+        if isinstance(b, Tensor):
+            b = (b if b.shape[-2] == 1 else b[..., start:stop, :])[..., :m]
+        how = {"mask": mask, "causal": causal, "scale": scale, "bias": b, "offset": offset + start}
+        return weights(q[:, :, start:stop], k[:, :, :m], normaliser=normaliser, **how) @ v[:, :, :m]
 
+    return by_rows(part, q.shape[2], q.shape[0] * q.shape[1] * k.shape[2])
+
+
+def by_rows(part: Callable[[int, int], Tensor], n: int, row: int) -> Float[Tensor, "batch heads n value_dim"]:
+    """part(start, stop) of the queries start to stop, joined: as many queries at a time as `CHUNK` elements allow at
+    ``row`` elements a query, recomputed in the backward pass where that takes several chunks."""
+    rows = max(1, CHUNK // row)
     if rows >= n:
-        return part(q, k, v, offset)
-    recompute = torch.is_grad_enabled()
-    parts = []
-    for start in range(0, n, rows):
-        piece = q[:, :, start : start + rows]
-        # A chunk of causal queries never reads past its last row.
-        stop = min(k.shape[2], offset + start + rows) if causal and bias is None else k.shape[2]
-        args = (piece, k[:, :, :stop], v[:, :, :stop], offset + start)
-        parts.append(checkpoint(part, *args, use_reentrant=False) if recompute else part(*args))
+        return part(0, n)
+    spans = [(start, min(start + rows, n)) for start in range(0, n, rows)]
+    if torch.is_grad_enabled():
+        parts = [checkpoint(part, *span, use_reentrant=False, preserve_rng_state=False) for span in spans]
+    else:
+        parts = [part(*span) for span in spans]
     return torch.cat(parts, 2)

@@ -11,8 +11,10 @@ Python binds ``&`` tighter than ``|``: the line reads "(causal and near) or amon
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +28,17 @@ Tile = tuple[Tensor, Tensor, Tensor, Tensor]  # first and last query, first and 
 
 
 class Mask:
-    """A rule that says which keys a query may read."""
+    """A rule that says which keys a query may read. Rules are dataclasses, so that `pack` can take them apart."""
+
+    #: All rules by class name, for `unpack`.
+    kinds: ClassVar[dict[str, type[Mask]]] = {}
+    #: The rule is the same for every batch entry and head.
+    shared: bool = False
+    #: The rule stays the same when query and key move together by a multiple of this; 0 if there is no such number.
+    period: int = 0
+
+    def __init_subclass__(cls) -> None:
+        Mask.kinds[cls.__name__] = cls
 
     def visible(
         self, b: Int[Tensor, "*b"], h: Int[Tensor, "*h"], i: Int[Tensor, "*i"], j: Int[Tensor, "*j"]
@@ -67,10 +79,18 @@ class Mask:
         return Not(self)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class And(Mask):
     left: Mask
     right: Mask
+
+    @property
+    def shared(self):
+        return self.left.shared and self.right.shared
+
+    @property
+    def period(self):
+        return math.lcm(self.left.period, self.right.period)
 
     def visible(self, b, h, i, j):
         return self.left.visible(b, h, i, j) & self.right.visible(b, h, i, j)
@@ -83,10 +103,18 @@ class And(Mask):
         return self.left.terms() + self.right.terms()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Or(Mask):
     left: Mask
     right: Mask
+
+    @property
+    def shared(self):
+        return self.left.shared and self.right.shared
+
+    @property
+    def period(self):
+        return math.lcm(self.left.period, self.right.period)
 
     def visible(self, b, h, i, j):
         return self.left.visible(b, h, i, j) | self.right.visible(b, h, i, j)
@@ -96,9 +124,17 @@ class Or(Mask):
         return some_l | some_r, all_l | all_r
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Not(Mask):
     inner: Mask
+
+    @property
+    def shared(self):
+        return self.inner.shared
+
+    @property
+    def period(self):
+        return self.inner.period
 
     def visible(self, b, h, i, j):
         return ~self.inner.visible(b, h, i, j)
@@ -111,6 +147,8 @@ class Not(Mask):
 @dataclass(frozen=True)
 class Causal(Mask):
     """Query i reads keys up to itself: j <= i."""
+
+    shared, period = True, 1
 
     def visible(self, b, h, i, j):
         return j <= i
@@ -125,6 +163,7 @@ class Window(Mask):
     """Query i reads keys at most ``radius`` away: |i - j| <= radius; with causal() that is radius + 1 keys."""
 
     radius: int
+    shared, period = True, 1
 
     def visible(self, b, h, i, j):
         return (i - j).abs() <= self.radius
@@ -140,9 +179,36 @@ class Dilated(Mask):
     """Query i reads keys whose distance is a multiple of ``step``."""
 
     step: int
+    shared, period = True, 1
 
     def visible(self, b, h, i, j):
         return (i - j) % self.step == 0
+
+    def blocks(self, tile):
+        i0, i1, j0, j1 = tile
+        nearest, farthest = i0 - j1, i1 - j0  # distances in the tile are all the numbers between these
+        some = torch.div(farthest, self.step, rounding_mode="floor") * self.step >= nearest
+        single = nearest == farthest
+        return some, some & (single | (self.step == 1))
+
+
+@dataclass(frozen=True)
+class SameBlock(Mask):
+    """Query i reads the keys of its own block: i // size == j // size."""
+
+    size: int
+    shared = True
+
+    @property
+    def period(self):
+        return self.size
+
+    def visible(self, b, h, i, j):
+        return i // self.size == j // self.size
+
+    def blocks(self, tile):
+        i0, i1, j0, j1 = (t // self.size for t in tile)
+        return (i0 <= j1) & (j0 <= i1), (i0 == i1) & (j0 == j1) & (i0 == j0)
 
 
 @dataclass(frozen=True)
@@ -150,6 +216,7 @@ class Sink(Mask):
     """Every query reads the first ``count`` keys."""
 
     count: int
+    shared = True
 
     def visible(self, b, h, i, j):
         return (j < self.count) & (i >= 0)
@@ -169,6 +236,17 @@ class Segments(Mask):
     def visible(self, b, h, i, j):
         return self.queries[b, i] == self.keys[b, j]
 
+    def blocks(self, tile):
+        some, every = super().blocks(tile)
+        i0, i1, j0, j1 = (t.long().view((1,) * (some.dim() - t.dim()) + t.shape) for t in tile)
+        q, k = self.queries, self.keys
+        # In rising segments, as of packed documents, the ends of a tile bound what lies between.
+        rising = (q.diff(dim=1) >= 0).all() & (k.diff(dim=1) >= 0).all()
+        q0, q1, k0, k1 = q[:, i0], q[:, i1], k[:, j0], k[:, j1]
+        meet = ((q0 <= k1) & (k0 <= q1)).any(0)
+        same = ((q0 == k1) & (k0 == q1)).all(0)
+        return some & (meet | ~rising), every | (same & rising)
+
 
 @dataclass(frozen=True, eq=False)
 class Keys(Mask):
@@ -178,6 +256,13 @@ class Keys(Mask):
 
     def visible(self, b, h, i, j):
         return self.keep[b, j]
+
+    def blocks(self, tile):
+        _, _, j0, j1 = tile
+        some, _ = super().blocks(tile)
+        count = torch.nn.functional.pad(self.keep.cumsum(1), (1, 0))
+        kept = count[:, (j1 + 1).long()] - count[:, j0.long()]
+        return some & (kept > 0).any(0), some & (kept == j1 - j0 + 1).all(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +277,66 @@ class Pairs(Mask):
 
     def dense(self, batch, heads, n, m, *, device=None, offset=0):
         return self.keep[:, :, offset : offset + n, :m]
+
+
+@dataclass(frozen=True)
+class Neighbourhood(Mask):
+    """Neighbourhood attention over a grid (Hassani et al. 2022, arXiv 2204.07143): query i reads, on each axis, the
+    ``kernel`` cells nearest to it among those at a distance that is a multiple of ``dilation``. At a border the window
+    moves inwards and keeps its size; on a ``causal`` axis it ends at the query, and is cut at the start. A window
+    larger than the axis reads the whole axis.
+
+    Tokens are the cells of ``grid`` in row-major order; ``kernel``, ``dilation`` and ``causal`` hold one value an axis.
+    """
+
+    grid: tuple[int, ...]
+    kernel: tuple[int, ...]
+    dilation: tuple[int, ...]
+    causal: tuple[bool, ...]
+    shared = True
+
+    def window(self, axis: int, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a cell's window on an axis: first and last cell, and the remainder by dilation that its cells share."""
+        side, kernel, dilation = self.grid[axis], self.kernel[axis], self.dilation[axis]
+        remainder, place = cell % dilation, cell // dilation  # a group of equal remainder, the place in the group
+        group = (side - remainder + dilation - 1) // dilation
+        if self.causal[axis]:
+            first = (place - kernel + 1).clamp(min=0)
+            last = place
+        else:
+            first = torch.minimum(place - kernel // 2, group - kernel).clamp(min=0)
+            last = torch.minimum(first + kernel, group) - 1
+        return first * dilation + remainder, last * dilation + remainder, remainder
+
+    def cells(self, token: Tensor) -> list[Tensor]:
+        """The coordinates of tokens."""
+        cells = []
+        for axis in range(len(self.grid)):
+            inner = math.prod(self.grid[axis + 1 :])
+            cells.append(token // inner % self.grid[axis])
+        return cells
+
+    def visible(self, b, h, i, j):
+        seen = None
+        for axis, (query, key) in enumerate(zip(self.cells(i), self.cells(j), strict=True)):
+            first, last, remainder = self.window(axis, query)
+            near = (first <= key) & (key <= last)
+            if self.dilation[axis] > 1:
+                near = near & (key % self.dilation[axis] == remainder)
+            seen = near if seen is None else seen & near
+        return seen
+
+    def blocks(self, tile):
+        i0, i1, j0, j1 = tile
+        some, every = super().blocks(tile)
+        inner, reach = math.prod(self.grid[1:]), (self.kernel[0] - 1) * self.dilation[0]
+        first, last = i0 // inner - reach, i1 // inner + reach  # holds for every remainder and at the borders
+        if self.dilation[0] == 1:
+            first, last = self.window(0, i0 // inner)[0], self.window(0, i1 // inner)[1]
+        some = some & (first <= j1 // inner) & (j0 // inner <= last)
+        if len(self.grid) == 1 and self.dilation[0] == 1:
+            every = some & (self.window(0, i1)[0] <= j0) & (j1 <= self.window(0, i0)[1])
+        return some, every
 
 
 def causal() -> Mask:
@@ -215,6 +360,12 @@ def sink(count: int) -> Mask:
     """j < count."""
     expect(count >= 0, "sink(count)", count, "a number >= 0")
     return Sink(count)
+
+
+def same_block(size: int) -> Mask:
+    """i // size == j // size."""
+    expect(size >= 1, "same_block(size)", size, "a number >= 1")
+    return SameBlock(size)
 
 
 def segments(queries: Int[Tensor, "batch n"], keys: Int[Tensor, "batch m"] | None = None) -> Mask:
@@ -276,3 +427,38 @@ def join(*masks: Mask | None) -> Mask | None:
         if mask is not None:
             joined = mask if joined is None else joined & mask
     return joined
+
+
+def pack(mask: Mask | None) -> tuple[str, list[Tensor]]:
+    """A mask as text and tensors, which an operator can take as arguments; `unpack` rebuilds it."""
+    tensors: list[Tensor] = []
+    return _packed(mask, tensors), tensors
+
+
+def _packed(value: Any, tensors: list[Tensor]) -> str:
+    if isinstance(value, Mask):
+        fields = [_packed(getattr(value, name), tensors) for name in value.__dataclass_fields__]  # type: ignore[attr-defined]
+        return f'["{type(value).__name__}",{",".join(fields)}]' if fields else f'["{type(value).__name__}"]'
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return f"{{\"tensor\":{len(tensors) - 1}}}"
+    if isinstance(value, tuple):
+        return f"[{','.join([_packed(part, tensors) for part in value])}]"
+    if value is None:
+        return "null"
+    return str(value).lower()  # a number or a truth value
+
+
+def unpack(text: str, tensors: list[Tensor]) -> Mask | None:
+    """The mask that `pack` took apart."""
+
+    def build(value: Any) -> Any:
+        if isinstance(value, dict):
+            return tensors[value["tensor"]]
+        if not isinstance(value, list):
+            return value
+        if value and isinstance(value[0], str):
+            return Mask.kinds[value[0]](*map(build, value[1:]))
+        return tuple(map(build, value))
+
+    return build(json.loads(text))

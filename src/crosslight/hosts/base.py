@@ -16,9 +16,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import lru_cache
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -366,9 +366,12 @@ def structure(keep: Tensor, n: int, m: int) -> tuple[bool, masks.Mask | None]:
 def bind(module: nn.Module, name: str, function: Callable[..., Any]) -> Undo:
     """Put ``function(module, inner, *args, **kwargs)`` in the place of a method of this instance."""
     before = module.__dict__.get(name)
+    of_class = getattr(type(module), name)
 
     def bound(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        inner = before if before is not None else partial(getattr(type(self), name), self)
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            return of_class(self, *args, **kwargs) if before is None else before(*args, **kwargs)
+
         return function(self, inner, *args, **kwargs)
 
     module.__dict__[name] = MethodType(bound, module)
@@ -382,15 +385,15 @@ def bind(module: nn.Module, name: str, function: Callable[..., Any]) -> Undo:
     return undo
 
 
-@cache
-def parameters_of(cls: type) -> tuple[str, ...]:
+@lru_cache(None)
+def parameters_of(cls: Any) -> tuple[str, ...]:
     """Names of the positional parameters of a class' forward."""
-    forward = inspect.signature(inspect.unwrap(cls.forward))  # type: ignore[attr-defined]
+    forward = inspect.signature(inspect.unwrap(cls.forward))
     return tuple(n for n, p in forward.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)[1:]
 
 
-@cache
-def names_in(cls: type, method: str | None = "forward") -> frozenset[str]:
+@lru_cache(None)
+def names_in(cls: Any, method: str | None = "forward") -> frozenset[str]:
     """Global and attribute names that the code of a class' method uses; of all its own methods if None."""
     methods = [getattr(cls, method, None)] if method else list(vars(cls).values())
     found: set[str] = set()
@@ -415,7 +418,12 @@ HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_head",
 WIDTH = ("embed_dim", "all_head_size", "inner_dim", "hidden_size", "d_model", "dim", "n_embd", "embed_size")
 
 
-def crosses(name: str, *modules: nn.Module) -> bool:
-    """Whether a module's path or class, or that of the module around it, says that it reads another stream."""
-    last = ".".join([*name.split(".")[-2:], *(type(m).__name__ for m in modules)]).lower()
-    return any(word in last for word in ("cross", "encoder_attn", "encdec", "enc_dec", "encoder_attention"))
+def site(
+    host: str, module: nn.Module, name: str, parents: tuple[nn.Module, ...], heads: int, head_dim: int, stream: str = ""
+) -> Site:
+    """A site; its stream, unless given, is read from the paths and classes of the module and the one around it."""
+    if not stream:
+        words = ".".join([*name.split(".")[-2:], *(type(m).__name__ for m in (module, *parents[-1:]))]).lower()
+        crosses = any(word in words for word in ("cross", "encoder_attn", "encdec", "enc_dec", "encoder_attention"))
+        stream = "cross" if crosses else "self"
+    return Site(name, module, cast(Any, stream), heads, head_dim, host, parents)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from crosslight.hosts import functional
-from crosslight.hosts.base import HEAD_DIM, HEADS, Site, Undo, bind, crosses, number, seat
+from crosslight.hosts.base import HEAD_DIM, HEADS, Site, Undo, bind, number, seat, site
 
 HOST = "diffusers"
 _SAME = {
@@ -23,8 +23,8 @@ _SAME = {
 }
 
 
-def claim(module: nn.Module, name: str, parents: tuple[nn.Module, ...]) -> Site | None:
-    cls = type(module)
+def claim(module: Any, name: str, parents: tuple[nn.Module, ...]) -> Site | None:
+    cls: Any = type(module)
     if "diffusers" not in sys.modules or not any(c.__module__.startswith("diffusers.") for c in cls.__mro__):
         return None
     heads = number(module, HEADS)
@@ -32,21 +32,22 @@ def claim(module: nn.Module, name: str, parents: tuple[nn.Module, ...]) -> Site 
         return None
     inner = number(module, ("inner_dim",)) or module.to_q.out_features
     head_dim = number(module, HEAD_DIM) or inner // heads
-    stream = "cross" if getattr(module, "is_cross_attention", False) or crosses(name, module, *parents[-1:]) else "self"
     if isinstance(getattr(module, "add_q_proj", None), nn.Linear):
         stream = "joint"
-    return Site(name, module, stream, heads, head_dim, HOST, parents)  # type: ignore[arg-type]
+    else:
+        stream = "cross" if getattr(module, "is_cross_attention", False) else ""
+    return site(HOST, module, name, parents, heads, head_dim, stream)
 
 
-def attach(site: Site) -> Undo:
-    return bind(site.module, "forward", _run)
+def attach(place: Site) -> Undo:
+    return bind(place.module, "forward", _run)
 
 
-def why_not_swap(site: Site) -> str:
+def why_not_swap(place: Site) -> str:
     return ""
 
 
-def _run(module: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> Any:
+def _run(module: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
     if seat(module).idle:
         return inner(*args, **kwargs)
     processor: Any = module.processor

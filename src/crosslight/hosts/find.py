@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -76,7 +77,8 @@ def adapter(site: Site) -> ModuleType:
 def take(site: Site) -> Seat:
     """The seat of a site; attaches one where there is none."""
     if SEAT not in site.module.__dict__:
-        seat = Seat(parameters_of(type(site.module)))
+        cls: Any = type(site.module)
+        seat = Seat(parameters_of(cls))
         site.module.__dict__[SEAT] = seat
         try:
             seat.undo = adapter(site).attach(site)

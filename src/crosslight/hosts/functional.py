@@ -25,10 +25,10 @@ from crosslight.hosts.base import (
     Undo,
     attend,
     bind,
-    crosses,
     names_in,
     number,
     seat,
+    site,
 )
 
 HOST = "functional"
@@ -54,14 +54,19 @@ class Intercept(TorchFunctionMode):
 
 def sdpa(module, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """``scaled_dot_product_attention`` through the seat of a module."""
-    if query.dim() != 4:
+    if query.dim() < 4:
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+    # Windows are often an axis of their own: a batch as well.
+    batch = query.shape[:-3]
+    query, key, value = (t.flatten(0, -4) for t in (query, key, value))
     keep, bias = None, None
     if attn_mask is not None:
-        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+        attn_mask = attn_mask[(None,) * (len(batch) + 3 - attn_mask.dim())]
+        if len(batch) > 1:
+            attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, -4)
         keep, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
     how = {"scale": scale, "keep": keep, "bias": bias, "causal": is_causal, "dropout": dropout_p}
-    return attend(module, query, key, value, **how)[0]
+    return attend(module, query, key, value, **how)[0].unflatten(0, batch)
 
 
 def _formed(module: nn.Module, weights: Tensor) -> Tensor:
@@ -88,27 +93,27 @@ def run(module: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> Any:
 _OWN = "which forms its attention matrix itself"
 
 
-def why_not_swap(site: Site) -> str:
+def why_not_swap(place: Site) -> str:
     """Why a core cannot be put here, or nothing."""
-    return "" if "scaled_dot_product_attention" in names_in(type(site.module), None) else _OWN
+    cls: Any = type(place.module)
+    return "" if "scaled_dot_product_attention" in names_in(cls, None) else _OWN
 
 
-def claim(module: nn.Module, name: str, parents: tuple[nn.Module, ...]) -> Site | None:
-    cls = type(module)
+def claim(module: Any, name: str, parents: tuple[nn.Module, ...]) -> Site | None:
+    cls: Any = type(module)
     if isinstance(module, nn.MultiheadAttention) or cls.__module__.startswith("torch."):
         return None
     used = names_in(cls, None)
-    formed = "softmax" in used and "attention" in cls.__name__.lower()
+    named = any(word in cls.__name__.lower() for word in ("attention", "attn"))
+    formed = named and bool({"softmax", "Softmax"} & used)
     if "scaled_dot_product_attention" not in used and not formed:
         return None
     heads = number(module, HEADS)
     if heads is None:
         return None
     head_dim = number(module, HEAD_DIM) or (number(module, WIDTH) or 0) // heads
-    return Site(
-        name, module, "cross" if crosses(name, module, *parents[-1:]) else "self", heads, head_dim, HOST, parents
-    )
+    return site(HOST, module, name, parents, heads, head_dim)
 
 
-def attach(site: Site) -> Undo:
-    return bind(site.module, "forward", run)
+def attach(place: Site) -> Undo:
+    return bind(place.module, "forward", run)

@@ -9,7 +9,7 @@ from torch import nn
 
 from crosslight.attention.base import AttentionLayer, Core, Mechanism
 from crosslight.errors import CrosslightError
-from crosslight.hosts.base import Site, Undo, bind, crosses, seat
+from crosslight.hosts.base import Site, Undo, bind, seat, site
 
 HOST = "crosslight"
 _LAYER = "_crosslight_layer"
@@ -20,12 +20,13 @@ def claim(module: nn.Module, name: str, parents: tuple[nn.Module, ...]) -> Site 
         return None
     heads = getattr(module, "heads", 1)
     width = module.dim // heads if isinstance(module, Mechanism) else 0
-    cross = crosses(name, module, *parents[-1:]) or getattr(module, "context_dim", None) != getattr(module, "dim", None)
-    return Site(name, module, "cross" if cross else "self", heads, getattr(module, "head_dim", width), HOST, parents)
+    cross = getattr(module, "context_dim", None) != getattr(module, "dim", None)
+    head_dim = getattr(module, "head_dim", width)
+    return site(HOST, module, name, parents, heads, head_dim, "cross" if cross else "")
 
 
-def attach(site: Site) -> Undo:
-    module = site.module
+def attach(place: Site) -> Undo:
+    module = place.module
     if isinstance(module, AttentionLayer):
         undos = [bind(module, "_forward", _layer_forward), bind(module, "_step", _layer_step)]
     elif isinstance(module, Core):
@@ -40,7 +41,7 @@ def attach(site: Site) -> Undo:
     return undo
 
 
-def why_not_swap(site: Site) -> str:
+def why_not_swap(place: Site) -> str:
     return ""
 
 

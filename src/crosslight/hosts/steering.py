@@ -11,6 +11,9 @@ from crosslight.errors import expect
 from crosslight.hosts.base import Entry, Rule, Where
 from crosslight.hosts.find import enter, select, take, withdraw
 
+#: A list has no input of its own, and that of a sequence is not its members'.
+_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
 
 @contextmanager
 def steer(model: nn.Module, rule: Rule, where: Where = None) -> Iterator[nn.Module]:
@@ -30,11 +33,8 @@ def steer(model: nn.Module, rule: Rule, where: Where = None) -> Iterator[nn.Modu
     expect(callable(rule), "rule", type(rule).__name__, "a function (weights, call) -> weights")
     chosen = select(model, where)
     entries = enter(Entry(rule, site) for site in chosen)
-    hooks = [
-        site.parents[-1].register_forward_pre_hook(take(site).remember, with_kwargs=True)
-        for site in chosen
-        if site.parents
-    ]
+    around = [(site, site.parents[-1]) for site in chosen if site.parents and not isinstance(site.parents[-1], _LISTS)]
+    hooks = [p.register_forward_pre_hook(take(site).remember, with_kwargs=True) for site, p in around]
     try:
         yield model
     finally:

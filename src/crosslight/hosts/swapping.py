@@ -174,13 +174,20 @@ def _layer(model: nn.Module, site: Site, id: str, make: Callable[..., Any], opti
     mechanism = registry.create(id, **{**given, **{k: v for k, v in options.items() if k != "id"}})
     _like(mechanism, module)
     _carry(module, mechanism)
-    return _replace(model, site, wrap(mechanism, module))
+    undo = _replace(model, site, wrap(mechanism, module))
+    nest = torch_mha.without_nesting(site.parents)
+
+    def restore() -> None:
+        undo()
+        nest()
+
+    return restore
 
 
 @torch.no_grad()
 def _carry(host: Any, mechanism: nn.Module) -> None:
     """Weights of the host's projections, to the mechanism's parameters of the same meaning and shape."""
-    state = {f: t for f, t in host.state_dict().items()}
+    state = dict(host.state_dict().items())
     for packed in ("in_proj_", "qkv."):
         for end in ("weight", "bias"):
             if (whole := state.pop(packed + end, None)) is not None:
@@ -226,7 +233,7 @@ class TorchShell(nn.Module):
         if bias is not None:  # -inf where nothing may be read
             keep = bias == 0 if keep is None else keep & (bias == 0)
         causal, mask = (False, None) if keep is None else structure(keep, x.shape[1], z.shape[1])
-        how = {"context": None if own else z, "mask": mask, "causal": causal and own}
+        how: dict[str, Any] = {"context": None if own else z, "mask": mask, "causal": causal and own}
         y = self.mechanism(x, **how)
         y = y if self.batch_first else y.transpose(0, 1)
         if not need_weights:

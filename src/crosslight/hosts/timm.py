@@ -7,37 +7,31 @@ from typing import Any
 from torch import nn
 
 from crosslight.hosts import functional
-from crosslight.hosts.base import HEAD_DIM, HEADS, WIDTH, Site, Undo, bind, crosses, number, seat
+from crosslight.hosts.base import HEAD_DIM, HEADS, WIDTH, Site, Undo, bind, number, seat, site
 
 HOST = "timm"
 
 
-def claim(module: nn.Module, name: str, parents: tuple[nn.Module, ...]) -> Site | None:
-    cls = type(module)
+def claim(module: Any, name: str, parents: tuple[nn.Module, ...]) -> Site | None:
     heads = number(module, HEADS)
-    if (
-        heads is None
-        or not any(c.__module__.startswith("timm.") for c in cls.__mro__)
-        or not hasattr(module, "fused_attn")
-    ):
+    ours = any(c.__module__.startswith("timm.") for c in type(module).__mro__)
+    if heads is None or not ours or not hasattr(module, "fused_attn"):
         return None
     head_dim = number(module, HEAD_DIM) or (number(module, ("attn_dim", *WIDTH)) or 0) // heads
     if not head_dim and isinstance(getattr(module, "qkv", None), nn.Linear):
         head_dim = module.qkv.out_features // 3 // heads
-    return Site(
-        name, module, "cross" if crosses(name, module, *parents[-1:]) else "self", heads, head_dim, HOST, parents
-    )
+    return site(HOST, module, name, parents, heads, head_dim)
 
 
-def attach(site: Site) -> Undo:
-    return bind(site.module, "forward", _run)
+def attach(place: Site) -> Undo:
+    return bind(place.module, "forward", _run)
 
 
-def why_not_swap(site: Site) -> str:
+def why_not_swap(place: Site) -> str:
     return ""
 
 
-def _run(module: nn.Module, inner: Any, *args: Any, **kwargs: Any) -> Any:
+def _run(module: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
     if seat(module).idle:
         return inner(*args, **kwargs)
     fused, module.fused_attn = module.fused_attn, True

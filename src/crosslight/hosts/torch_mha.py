@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crosslight.hosts.base import Site, Undo, attend, bind, crosses, seat
+from crosslight.hosts.base import Site, Undo, attend, bind, seat, site
 
 HOST = "torch"
 _COUNT = "_crosslight_sites"
@@ -22,21 +22,31 @@ def claim(module: nn.Module, name: str, parents: tuple[nn.Module, ...]) -> Site 
     if not isinstance(module, nn.MultiheadAttention) or type(module).__module__.startswith("torch.ao."):
         return None
     # TransformerDecoderLayer calls its cross-attention multihead_attn.
-    cross = crosses(name, module, *parents[-1:]) or name.endswith("multihead_attn") or module.kdim != module.embed_dim
-    return Site(name, module, "cross" if cross else "self", module.num_heads, module.head_dim, HOST, parents)
+    cross = name.endswith("multihead_attn") or module.kdim != module.embed_dim
+    return site(HOST, module, name, parents, module.num_heads, module.head_dim, "cross" if cross else "")
 
 
-def attach(site: Site) -> Undo:
-    undo = bind(site.module, "forward", _run)
-    hook = site.module.register_forward_hook(_nothing)
-    encoders = [p for p in site.parents if isinstance(p, nn.TransformerEncoder)]
+def attach(place: Site) -> Undo:
+    undo = bind(place.module, "forward", _run)
+    hook = place.module.register_forward_hook(_nothing)
+    nest = without_nesting(place.parents)
+
+    def restore() -> None:
+        undo()
+        hook.remove()
+        nest()
+
+    return restore
+
+
+def without_nesting(parents: tuple[nn.Module, ...]) -> Undo:
+    """Keep the encoders among ``parents`` from nested tensors, which only PyTorch's fused path can read."""
+    encoders = [p for p in parents if isinstance(p, nn.TransformerEncoder)]
     for encoder in encoders:
         encoder.__dict__.setdefault(_COUNT, [0, encoder.use_nested_tensor])[0] += 1
         encoder.use_nested_tensor = False
 
     def restore() -> None:
-        undo()
-        hook.remove()
         for encoder in encoders:
             encoder.__dict__[_COUNT][0] -= 1
             if not encoder.__dict__[_COUNT][0]:
@@ -45,7 +55,7 @@ def attach(site: Site) -> Undo:
     return restore
 
 
-def why_not_swap(site: Site) -> str:
+def why_not_swap(place: Site) -> str:
     return ""
 
 

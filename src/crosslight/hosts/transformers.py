@@ -21,10 +21,10 @@ from crosslight.hosts.base import (
     Undo,
     attend,
     bind,
-    crosses,
     names_in,
     number,
     seat,
+    site,
 )
 
 HOST = "transformers"
@@ -32,27 +32,25 @@ NAME = "crosslight"
 _FLAG = "_attn_implementation_internal"
 
 
-def claim(module: nn.Module, name: str, parents: tuple[nn.Module, ...]) -> Site | None:
-    cls = type(module)
+def claim(module: Any, name: str, parents: tuple[nn.Module, ...]) -> Site | None:
+    cls: Any = type(module)
     if "transformers" not in sys.modules or "ALL_ATTENTION_FUNCTIONS" not in names_in(cls):
         return None
     heads = number(module, HEADS)
     if heads is None or not hasattr(module, "config"):
         return None
     head_dim = number(module, HEAD_DIM) or (number(module, WIDTH) or 0) // heads
-    return Site(
-        name, module, "cross" if crosses(name, module, *parents[-1:]) else "self", heads, head_dim, HOST, parents
-    )
+    return site(HOST, module, name, parents, heads, head_dim)
 
 
-def attach(site: Site) -> Undo:
+def attach(place: Site) -> Undo:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, _attention)
-    return bind(site.module, "forward", _run)
+    return bind(place.module, "forward", _run)
 
 
-def why_not_swap(site: Site) -> str:
+def why_not_swap(place: Site) -> str:
     return ""
 
 

@@ -100,16 +100,12 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """Entrant blocks over one stream, which reads itself or a context: (batch, n, dim) -> (batch, n, dim)."""
 
-    def __init__(
-        self, entrant: Entrant, size: Size, length: int, *, causal: bool = False, own: bool = False
-    ) -> None:
+    def __init__(self, entrant: Entrant, size: Size, length: int, *, causal: bool = False, own: bool = False) -> None:
         super().__init__()
         self.causal = causal
         self.positions = Positions(length, size.dim)
         self.blocks = nn.ModuleList(
-            Block(
-                attention(entrant, size), size.dim, SelfAttention(size.dim, size.heads, causal=True) if own else None
-            )
+            Block(attention(entrant, size), size.dim, SelfAttention(size.dim, size.heads, causal=True) if own else None)
             for _ in range(size.depth)
         )
         self.norm = nn.LayerNorm(size.dim)

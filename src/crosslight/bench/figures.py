@@ -1,0 +1,228 @@
+"""The figures that the project holds itself to, as ratios within one run: `crosslight bench --figures`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from crosslight import registry
+from crosslight.bench import memory, timing
+from crosslight.bench.calls import Call, Prepared, Setting, parse_entrant
+from crosslight.bench.curves import growth
+from crosslight.bench.machine import machine
+from crosslight.cards import Card
+from crosslight.errors import CrosslightError
+
+K = 1024
+#: 8 heads of 64, as the figures say.
+SIZES: dict[str, Any] = {"dim": 512, "heads": 8}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure: ``value`` has to be at most, or at least, ``target``."""
+
+    name: str
+    sense: Literal["at most", "at least"]
+    target: float
+    value: float | None
+    unit: str = "×"
+    detail: str = ""
+
+    @property
+    def holds(self) -> bool:
+        if self.value is None:
+            return False
+        return self.value <= self.target if self.sense == "at most" else self.value >= self.target
+
+    @property
+    def shown(self) -> str:
+        return "-" if self.value is None else f"{self.value:.3g}{self.unit}"
+
+    def line(self) -> str:
+        return (
+            f"{'reached' if self.holds else 'MISSED':8}{self.shown:>9}  ({self.sense} {self.target:g}{self.unit})  "
+            f"{self.name}" + (f"  [{self.detail}]" if self.detail else "")
+        )
+
+
+class _Bench:
+    """Calls on one device, timed in turns."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.shared = {**SIZES, "device": device, "dtype": "bfloat16" if self.on_gpu else "float32"}
+
+    @property
+    def on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    def call(self, entrant: str, n: int, **setting: Any) -> Call:
+        return Prepared(parse_entrant(entrant), Setting(**{**self.shared, **setting})).call(n)
+
+    def times(self, seconds: float = 10.0, **calls: Call) -> dict[str, timing.Times]:
+        for call in calls.values():
+            timing.once(call, self.device)
+        return timing.interleaved(calls, rounds=5, seconds=seconds, device=self.device)
+
+
+def _times(taken: dict[str, timing.Times]) -> str:
+    return ", ".join(f"{name} {1e3 * t.median:.4g} ms" for name, t in taken.items()) + f", {_rounds(taken)} rounds"
+
+
+def _rounds(taken: dict[str, timing.Times]) -> int:
+    return len(next(iter(taken.values())).rounds)
+
+
+def softmax(bench: _Bench) -> Iterator[Figure]:
+    """The layer against nn.Linear + scaled_dot_product_attention written out."""
+    for pattern in ("noncausal-self", "noncausal-cross"):
+        for n in (K, 4 * K):
+            for backward in (False, True):
+                setting = {"pattern": pattern, "backward": backward}
+                taken = bench.times(softmax=bench.call("softmax", n, **setting), sdpa=bench.call("sdpa", n, **setting))
+                name = f"softmax over nn.Linear + SDPA, {pattern}, {n:,}, {_passes(backward)}"
+                yield Figure(name, "at most", 1.05, taken["softmax"].ratio(taken["sdpa"]), detail=_times(taken))
+
+
+def window(bench: _Bench) -> Iterator[Figure]:
+    """Between heads, with a window of 256 to both sides, against dense SDPA without a mask and FlexAttention."""
+    n, near = 8 * K, {"mask": "window:256", "level": "core"}
+    taken = bench.times(softmax=bench.call("softmax", n, **near), sdpa=bench.call("sdpa", n, level="core"))
+    ratio = taken["sdpa"].ratio(taken["softmax"])
+    yield Figure("dense SDPA over window 256 at 8,192, forward + backward", "at least", 6, ratio, detail=_times(taken))
+    for backward in (False, True) if bench.on_gpu else (False,):
+        setting = {**near, "backward": backward}
+        taken = bench.times(softmax=bench.call("softmax", n, **setting), flex=bench.call("flex", n, **setting))
+        name = f"window 256 over compiled FlexAttention at 8,192, {_passes(backward)}"
+        yield Figure(name, "at most", 1.25, taken["softmax"].ratio(taken["flex"]), detail=_times(taken))
+
+
+def moba(bench: _Bench) -> Iterator[Figure]:
+    setting = {"pattern": "causal-self", "level": "core"}
+    taken = bench.times(
+        moba=bench.call("moba:block_size=128,top_k=8", 16 * K, **setting), sdpa=bench.call("sdpa", 16 * K, **setting)
+    )
+    name = "dense causal SDPA over moba (block 128, top 8) at 16,384, forward + backward"
+    yield Figure(name, "at least", 4, taken["sdpa"].ratio(taken["moba"]), detail=_times(taken))
+
+
+def lightning(bench: _Bench) -> Iterator[Figure]:
+    setting = {"pattern": "causal-self", "level": "core"}
+    taken = bench.times(
+        lightning=bench.call("lightning-attention", 8 * K, **setting), sdpa=bench.call("sdpa", 8 * K, **setting)
+    )
+    name = "dense causal SDPA over lightning-attention at 8,192, forward + backward"
+    yield Figure(name, "at least", 8, taken["sdpa"].ratio(taken["lightning"]), detail=_times(taken))
+    lengths = [k * K for k in (4, 8, 16, 32, 64)]
+    calls = {str(n): bench.call("lightning-attention", n, **setting) for n in lengths}
+    taken = bench.times(30, **calls)
+    # A round has all lengths, so its exponent is one of the same disturbance.
+    exponents = [
+        growth({n: taken[str(n)].rounds[i] for n in lengths}) or 0.0 for i in range(len(taken[str(lengths[0])].rounds))
+    ]
+    name = "growth exponent of lightning-attention, 4,096 to 65,536, forward + backward"
+    yield Figure(name, "at most", 1.1, statistics.median(exponents), unit="", detail=_times(taken))
+
+
+def extra_memory(bench: _Bench) -> Iterator[Figure]:
+    """Every sub-quadratic row of kind token: what a call allocates, in bytes of q, k, v and output together."""
+    for card in registry.find(kind="token"):
+        if card.growth < 2 and card.group != "baseline":
+            yield from _extra_memory(bench, card, 64 * K)
+
+
+def _extra_memory(bench: _Bench, card: Card, n: int) -> Iterator[Figure]:
+    wanted = ("causal-self", "noncausal-self", "noncausal-cross", "causal-cross")
+    pattern = next(p for p in wanted if p in card.patterns)
+    for backward in (False, True):
+        setting: dict[str, Any] = {"pattern": pattern, "backward": backward}
+        name = f"extra memory of {card.id} at {n:,}, {pattern}, {_passes(backward)}"
+        try:
+            try:
+                call, level = bench.call(card.id, n, level="core", **setting), "between heads"
+            except CrosslightError:  # no core between heads
+                call, level = bench.call(card.id, n, **setting), "the whole layer"
+            with memory.bounded():
+                peak = memory.peak(call, bench.device)
+        except (CrosslightError, RuntimeError, MemoryError) as error:
+            yield Figure(name, "at most", 8, None, detail=str(error).partition("\n")[0])
+            continue
+        given = 4 * n * SIZES["dim"] * torch.finfo(torch.bfloat16 if bench.on_gpu else torch.float32).bits // 8
+        yield Figure(name, "at most", 8, peak / given, detail=f"{peak / 2**20:,.0f} MiB, {level}")
+
+
+def importing(bench: _Bench) -> Iterator[Figure]:
+    """Seconds that `import crosslight` takes after `import torch`, each time in a new process."""
+    code = "import time, torch; t = time.perf_counter(); import crosslight; print(time.perf_counter() - t)"
+
+    def run() -> float:
+        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+    run()
+    yield Figure(
+        "import crosslight beyond import torch", "at most", 0.2, statistics.median(run() for _ in range(5)), " s"
+    )
+
+
+def _passes(backward: bool) -> str:
+    return "forward + backward" if backward else "forward"
+
+
+ALL: tuple[Callable[[_Bench], Iterator[Figure]], ...] = (softmax, window, moba, lightning, extra_memory, importing)
+
+
+def take(device: str = "cpu", started: Callable[[str], None] = lambda name: None) -> Iterator[Figure]:
+    """Take all figures, one after the other."""
+    bench = _Bench(device)
+    for part in ALL:
+        started(part.__name__.replace("_", " "))
+        try:
+            yield from part(bench)
+        except (CrosslightError, RuntimeError) as error:
+            first = str(error).strip().partition("\n")[0]
+            yield Figure(part.__name__.replace("_", " "), "at most", 0, None, detail=first)
+
+
+def files(root: Path, device: str, taken: Sequence[Figure]) -> dict[Path, str]:
+    """What to write where: bench/figures.json, and this device's part of docs/performance.md."""
+    kind, about = torch.device(device).type, machine(device)
+    record, page = root / "bench" / "figures.json", root / "docs" / "performance.md"
+    known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    known[kind] = {"machine": about, "figures": [asdict(f) | {"holds": f.holds} for f in taken]}
+    text = page.read_text(encoding="utf-8") if page.exists() else "# Performance\n"
+    return {record: json.dumps(known, indent=1) + "\n", page: _placed(text, kind, _section(kind, device, about, taken))}
+
+
+def _section(kind: str, device: str, about: dict[str, str | int], taken: Sequence[Figure]) -> str:
+    command = "crosslight bench --figures" + ("" if kind == "cpu" else f" --device {device}")
+    lines = [
+        f"## On {'a CPU' if kind == 'cpu' else 'a GPU'}",
+        "",
+        f"Taken on {about['date']} with `{command}` on {about['processor']}, {about['cores']} cores, "
+        f"{about['threads']} threads, {about['system']}; Python {about['python']}, torch {about['torch']}, "
+        f"crosslight {about['crosslight']}. 8 heads of 64, batch 1, {'float32' if kind == 'cpu' else 'bfloat16'}. "
+        "Ratios are medians over pairs of calls that took turns.",
+        "",
+        "| figure | to reach | taken | |",
+        "| --- | --- | --- | --- |",
+        *(f"| {f.name} | {f.sense} {f.target:g}{f.unit} | {f.shown} | {'' if f.holds else 'missed'} |" for f in taken),
+    ]
+    return "\n".join(lines)
+
+
+def _placed(text: str, kind: str, section: str) -> str:
+    """The page with this device's part put in the place of the former one."""
+    start, end = f"<!-- figures: {kind} -->", f"<!-- end of figures: {kind} -->"
+    block = f"{start}\n{section}\n{end}"
+    if start in text and end in text:
+        return text[: text.index(start)] + block + text[text.index(end) + len(end) :]
+    return f"{text.rstrip()}\n\n{block}\n"
