@@ -188,6 +188,6 @@ class AgentAttention(Core):
         **own: Any,
     ) -> AttentionLayer:
         """`Core.build` with ``conv``."""
-        options = {"kv_heads": kv_heads, "context_dim": context_dim, "bias": bias, "position": position}
+        options: dict[str, Any] = {"kv_heads": kv_heads, "context_dim": context_dim, "bias": bias, "position": position}
         plain = super().build(dim, heads, head_dim=head_dim, **options, **own)
         return AgentLayer(plain.core, dim, conv=conv, **options)

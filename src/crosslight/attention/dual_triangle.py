@@ -42,7 +42,7 @@ CARD = Card(
     evidence=Evidence(
         claim="Finds the position of the largest token without positional embeddings, where plain bidirectional "
         "attention stays at chance",
-        task="argmax-position",
+        task="argmax-probe",
         metric="accuracy",
         margin=0.3,
     ),

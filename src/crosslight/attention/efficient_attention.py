@@ -94,7 +94,7 @@ class EfficientAttention(Core):
         q, k, log_decay = self._features(q, k, masks.split(mask)[1], causal)
         return linear.weights(q, k, causal=causal, log_decay=log_decay)
 
-    def step(self, q, k, v, state):
+    def step(self, q, k, v, state, **extra):
         if self.normalisation == "scaling":
             length = 1 if state is None else state.length + 1
             return linear.step(q / length, k, v, state)

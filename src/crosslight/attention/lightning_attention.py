@@ -77,7 +77,7 @@ class LightningLayer(AttentionLayer):
 
     def _merge(self, y, x):
         y = y.transpose(1, 2).flatten(2)
-        return self.out(F.rms_norm(y, y.shape[-1:], eps=1e-6) * self.gate(x))
+        return self.out(F.rms_norm(y, y.shape[-1:], eps=1e-12) * self.gate(x))
 
 
 @register(CARD)
@@ -122,7 +122,7 @@ class LightningAttention(Core):
         keep = masks.split(mask)[1]
         return linear.weights(q, k, causal=causal, keep=keep, log_decay=self._decay(q, decaying))
 
-    def step(self, q, k, v, state, *, decaying=True):
+    def step(self, q, k, v, state, *, decaying=True, **extra):
         return linear.step(q, k, v, state, log_decay=self._decay(q, decaying))
 
     def _decay(self, q: Tensor, decaying: bool) -> Tensor | None:
@@ -144,6 +144,6 @@ class LightningAttention(Core):
         **own: Any,
     ) -> AttentionLayer:
         """`Core.build` with SiLU, norm and gate."""
-        options = {"kv_heads": kv_heads, "context_dim": context_dim, "bias": bias, "position": position}
+        options: dict[str, Any] = {"kv_heads": kv_heads, "context_dim": context_dim, "bias": bias, "position": position}
         plain = super().build(dim, heads, head_dim=head_dim, **options, **own)
         return LightningLayer(plain.core, dim, **options)

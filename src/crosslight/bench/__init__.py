@@ -1,6 +1,6 @@
 """Time, memory and FLOPs against length: growth exponents and the length from which a method pays."""
 
-from crosslight.bench.calls import Setting, parse_entrant, parse_mask
+from crosslight.bench.calls import Setting, parse_mask
 from crosslight.bench.curves import Crossing, efficiency_length, growth
 from crosslight.bench.machine import machine
 from crosslight.bench.sweep import Measurement, Summary, summarise, sweep
@@ -13,7 +13,6 @@ __all__ = [
     "efficiency_length",
     "growth",
     "machine",
-    "parse_entrant",
     "parse_mask",
     "summarise",
     "sweep",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from crosslight import registry
 from crosslight.bench.baselines import BASELINES, Layer
-from crosslight.cards import PATTERNS
+from crosslight.cards import PATTERNS, Card
 from crosslight.engines import masks
 from crosslight.engines.masks import Mask
 from crosslight.errors import CrosslightError, expect
@@ -22,6 +22,10 @@ from crosslight.tasks.base import Entrant
 Call = Callable[[], Any]
 Level = Literal["layer", "core"]
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Unsupported(CrosslightError):
+    """An entrant has no form for the setting; a sweep records that and goes on with the others."""
 
 
 @dataclass(frozen=True)
@@ -75,24 +79,6 @@ class Setting:
         return {"device": self.device, "dtype": DTYPES[self.dtype]}
 
 
-def parse_entrant(text: str) -> Entrant:
-    """``moba``, ``moba:block_size=128,top_k=8``, or a baseline: sdpa, naive, flex."""
-    id, _, rest = text.strip().partition(":")
-    options = {}
-    for part in filter(None, rest.split(",")):
-        name, equals, value = part.partition("=")
-        expect(bool(equals) and name.strip().isidentifier(), "options", repr(part), "name=value, as in moba:top_k=8")
-        try:
-            options[name.strip()] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            options[name.strip()] = value.strip()
-    if id in BASELINES:
-        expect(not options, f"options of {id!r}", ", ".join(options), "none, it is a baseline")
-    else:
-        registry.factory(id)  # raises for an id that is not registered
-    return Entrant(id, options)
-
-
 _RULES: dict[str, Callable[..., Mask]] = {
     "causal": masks.causal,
     "window": masks.window,
@@ -127,17 +113,31 @@ def _rule(node: ast.AST) -> Mask:
     raise TypeError
 
 
+def _support(holds: bool, message: str) -> None:
+    if not holds:
+        raise Unsupported(message)
+
+
 class Prepared:
     """An entrant built for a setting, from which calls of any length are made."""
 
     def __init__(self, entrant: Entrant, setting: Setting) -> None:
         self.entrant, self.setting = entrant, setting
         self.mask = parse_mask(setting.mask)
-        self.kind = "token" if entrant.id in BASELINES else registry.factory(entrant.id)[0].card.kind  # type: ignore[attr-defined]
-        if setting.backward and entrant.id == "flex" and torch.device(setting.device).type == "cpu":
-            raise CrosslightError("backward: got flex on the CPU, where it has no backward pass, expected --forward")
-        expect(self.kind in _MAKERS, "kind", f"{entrant.id}, kind {self.kind}", f"one of {', '.join(_MAKERS)}")
-        self._make = _MAKERS[self.kind](entrant, setting, self.mask)
+        if entrant.id in BASELINES:
+            expect(not entrant.options, f"options of {entrant.id!r}", ", ".join(entrant.options), "none")
+            on_cpu = torch.device(setting.device).type == "cpu"
+            _support(not (entrant.id == "flex" and setting.backward and on_cpu), "backward: flex has none on a CPU")
+            self._make = _token(entrant, setting, self.mask)
+            return
+        card: Card = registry.factory(entrant.id)[0].card  # type: ignore[attr-defined]
+        expect(card.kind in _MAKERS, "id", f"{entrant.id!r}, kind {card.kind}", f"one of kind {', '.join(_MAKERS)}")
+        if card.kind == "token":
+            has = f"pattern: {entrant.id} has no {setting.pattern} attention. {card.why_not}".strip()
+            _support(setting.pattern in card.patterns, has)
+        else:
+            _support(self.mask is None, f"mask: {entrant.id}, kind {card.kind}, takes none")
+        self._make = _MAKERS[card.kind](entrant, setting, self.mask)
 
     def call(self, n: int) -> Call:
         """A call on ``n`` tokens; it returns what it computed, gradients where the setting asks for them."""
@@ -210,8 +210,7 @@ def _core(entrant: Entrant, setting: Setting, mask: Mask | None) -> Callable[[in
         layer = _built(entrant, setting, dim=setting.dim, heads=setting.heads)
         core = getattr(layer, "core", None)
         if core is None:
-            raise CrosslightError(f"level: got 'core' for {entrant.id}, which is a layer, expected 'layer'")
-        expect(setting.pattern in core.card.patterns, "pattern", setting.pattern, f"one that {entrant.id} has")
+            raise Unsupported(f"level: {entrant.id} is a layer, with no core between heads")
         parameters = [p for p in core.parameters() if p.requires_grad]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -226,7 +225,6 @@ def _core(entrant: Entrant, setting: Setting, mask: Mask | None) -> Callable[[in
 
 
 def _map(entrant: Entrant, setting: Setting, mask: Mask | None) -> Callable[[int], Call]:
-    expect(mask is None, "mask", setting.mask, f"none: {entrant.id} is of kind map")
     module = _built(entrant, setting, channels=setting.dim)
 
     def make(n: int) -> Call:
@@ -238,7 +236,6 @@ def _map(entrant: Entrant, setting: Setting, mask: Mask | None) -> Callable[[int
 
 
 def _fusion(entrant: Entrant, setting: Setting, mask: Mask | None) -> Callable[[int], Call]:
-    expect(mask is None, "mask", setting.mask, f"none: {entrant.id} is of kind fusion")
     widths = {"a": setting.dim, "b": setting.dim}
     module = _built(entrant, setting, streams=widths, heads=setting.heads)
 

@@ -15,11 +15,12 @@ import torch
 
 from crosslight import registry
 from crosslight.bench import memory, timing
-from crosslight.bench.calls import Call, Prepared, Setting, parse_entrant
+from crosslight.bench.calls import Call, Prepared, Setting, Unsupported
 from crosslight.bench.curves import growth
 from crosslight.bench.machine import machine
 from crosslight.cards import Card
 from crosslight.errors import CrosslightError
+from crosslight.tasks.base import Entrant
 
 K = 1024
 #: 8 heads of 64, as the figures say.
@@ -65,8 +66,9 @@ class _Bench:
     def on_gpu(self) -> bool:
         return torch.device(self.device).type == "cuda"
 
-    def call(self, entrant: str, n: int, **setting: Any) -> Call:
-        return Prepared(parse_entrant(entrant), Setting(**{**self.shared, **setting})).call(n)
+    def call(self, entrant: str | Entrant, n: int, **setting: Any) -> Call:
+        entrant = Entrant(entrant) if isinstance(entrant, str) else entrant
+        return Prepared(entrant, Setting(**{**self.shared, **setting})).call(n)
 
     def times(self, seconds: float = 10.0, **calls: Call) -> dict[str, timing.Times]:
         for call in calls.values():
@@ -87,7 +89,7 @@ def softmax(bench: _Bench) -> Iterator[Figure]:
     for pattern in ("noncausal-self", "noncausal-cross"):
         for n in (K, 4 * K):
             for backward in (False, True):
-                setting = {"pattern": pattern, "backward": backward}
+                setting: dict[str, Any] = {"pattern": pattern, "backward": backward}
                 taken = bench.times(softmax=bench.call("softmax", n, **setting), sdpa=bench.call("sdpa", n, **setting))
                 name = f"softmax over nn.Linear + SDPA, {pattern}, {n:,}, {_passes(backward)}"
                 yield Figure(name, "at most", 1.05, taken["softmax"].ratio(taken["sdpa"]), detail=_times(taken))
@@ -109,7 +111,8 @@ def window(bench: _Bench) -> Iterator[Figure]:
 def moba(bench: _Bench) -> Iterator[Figure]:
     setting = {"pattern": "causal-self", "level": "core"}
     taken = bench.times(
-        moba=bench.call("moba:block_size=128,top_k=8", 16 * K, **setting), sdpa=bench.call("sdpa", 16 * K, **setting)
+        moba=bench.call("moba", 16 * K, {"block_size": 128, "top_k": 8}, **setting),
+        sdpa=bench.call("sdpa", 16 * K, **setting),
     )
     name = "dense causal SDPA over moba (block 128, top 8) at 16,384, forward + backward"
     yield Figure(name, "at least", 4, taken["sdpa"].ratio(taken["moba"]), detail=_times(taken))
@@ -149,7 +152,7 @@ def _extra_memory(bench: _Bench, card: Card, n: int) -> Iterator[Figure]:
         try:
             try:
                 call, level = bench.call(card.id, n, level="core", **setting), "between heads"
-            except CrosslightError:  # no core between heads
+            except Unsupported:  # no core between heads
                 call, level = bench.call(card.id, n, **setting), "the whole layer"
             with memory.bounded():
                 peak = memory.peak(call, bench.device)

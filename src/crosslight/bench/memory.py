@@ -35,7 +35,7 @@ def _peak_cpu(fn: Callable[[], Any]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         kept = fn()
     del kept
-    events = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = trace.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     live = top = 0
     for _, change in changes:

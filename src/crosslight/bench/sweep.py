@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from crosslight.bench import flops, memory, timing
-from crosslight.bench.calls import Call, Prepared, Setting
+from crosslight.bench.baselines import BASELINES
+from crosslight.bench.calls import Call, Prepared, Setting, Unsupported
 from crosslight.bench.curves import Crossing, efficiency_length, growth
 from crosslight.errors import CrosslightError, UnsupportedPattern
 from crosslight.tasks.base import Entrant
@@ -89,18 +90,17 @@ def sweep(
         started: called before each measurement, for a progress bar.
 
     Raises:
-        CrosslightError: no entrant can be built under this setting; the first one's reason.
+        CrosslightError: an unknown id or option, or no entrant supports this setting.
     """
     runners = [_Runner(entrant) for entrant in entrants]
-    errors = []
     for runner in runners:
         try:
             runner.prepared = Prepared(runner.entrant, setting)
-        except CrosslightError as error:
-            errors.append(error)
-            runner.failed = _measurement(runner, 0, _status(error), error)
-    if len(errors) == len(runners):
-        raise errors[0]
+        except Unsupported as error:
+            runner.failed = _measurement(runner, 0, "unsupported", error)
+    asked = [r for r in runners if r.entrant.id not in BASELINES] or runners
+    if all(r.failed for r in asked):
+        raise CrosslightError(asked[0].failed.error if asked[0].failed else "entrants: got none, expected one at least")
     for n in sorted(set(lengths)):
         ready = []
         for runner in runners:
@@ -121,7 +121,7 @@ def _measurement(runner: _Runner, n: int, status: Status, error: BaseException |
 def _status(error: BaseException) -> Status:
     if memory.is_out_of_memory(error):
         return "out of memory"
-    return "unsupported" if isinstance(error, UnsupportedPattern) else "failed"
+    return "unsupported" if isinstance(error, Unsupported | UnsupportedPattern) else "failed"
 
 
 def _warm(runner: _Runner, n: int, limit: float, setting: Setting) -> Measurement | None:

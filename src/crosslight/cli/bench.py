@@ -144,12 +144,13 @@ def bench(
     if figures:
         _figures(device)
         return
-    from crosslight.bench import Setting, machine, parse_entrant, summarise, sweep
+    from crosslight.bench import Setting, machine, summarise, sweep
+    from crosslight.comparison.defaults import parse
 
     setting = Setting(pattern, dim, heads, batch, mask, dtype, device, backward, level)  # type: ignore[arg-type]
     baselines = [b.strip() for b in against.split(",") if b.strip()]
     chosen = entrants or [c.id for c in registry.find(kind="token", pattern=pattern)]
-    measured = list({e.label: e for e in map(parse_entrant, [*chosen, *baselines])}.values())
+    measured = list({e.label: e for text in [*chosen, *baselines] for e in parse(text)}.values())
     sizes = sorted({parse_length(text.strip()) for text in lengths.split(",")})
     done: list[Measurement] = []
 
@@ -179,6 +180,8 @@ def bench(
             if json_ is not None:
                 write_whole(json_, json.dumps(record(), indent=1) + "\n")
     screen = console()
+    place = {e.label: i for i, e in enumerate(measured)}
+    done.sort(key=lambda m: (m.length, place[m.entrant]))
     for table in tables(done, summarise(done, baselines), counts):
         screen.print(table, "")
     for text in dict.fromkeys(f"{m.entrant}: {m.status}: {m.error}" for m in done if m.error):

@@ -36,7 +36,7 @@ def table(cards: list[Card], width: int) -> Table:
         out.add_column(name, no_wrap=name != "title", style="bold" if name == "id" else None)
     for card in cards:
         outcome = status(card.id)
-        cells = {
+        cells: dict[str, str | Text] = {
             "id": card.id,
             "kind": card.kind,
             "group": card.group,

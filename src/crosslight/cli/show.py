@@ -62,7 +62,7 @@ def _evidence(card: Card, entry: dict[str, Any]) -> Table:
     evidence, result = card.evidence, entry.get("result") or {}
     assert evidence is not None
     outcome = status(card.id)
-    facts = {
+    facts: dict[str, str | Text] = {
         "claim": evidence.claim,
         "test": f"{evidence.metric} of task {evidence.task}, better than {evidence.baseline} by at least "
         f"{evidence.margin:g}, {evidence.seeds} seeds",

@@ -16,7 +16,9 @@ from crosslight.errors import expect
 def verify(
     ids: Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Cards to verify.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Every card that declares evidence.")] = False,
-    changed: Annotated[bool, typer.Option("--changed", help="Cards whose code changed since their last outcome.")] = False,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Cards whose code is not that of their last outcome.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; the CPU unless given.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; one a core on the CPU, else 1.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the store; its trials are not repeated.")] = Path(

@@ -52,10 +52,11 @@ def index(board: pd.DataFrame) -> pd.DataFrame:
     columns = {}
     for task, rows in board.groupby("task", sort=False):
         x = rows.set_index("label")["mean"].astype(float)
-        sign = 1.0 if bool(rows.higher_is_better.dropna().iloc[0] if rows.higher_is_better.notna().any() else True) else -1.0
+        sign = 1.0 if bool(rows.higher_is_better.iloc[0]) else -1.0
         spread = x.std(ddof=0)
         # Differences in the last bits are no ranking.
         columns[task] = sign * (x - x.mean()) / spread if spread > 1e-12 * max(1.0, x.abs().max()) else x * 0.0
     z = pandas.DataFrame(columns)
     table = pandas.DataFrame({"index": z.mean(axis=1), "tasks": z.notna().sum(axis=1)}).join(z)
-    return table.sort_values("index", ascending=False).rename_axis("label").reset_index()
+    order = (-table["index"]).round(12).sort_values(kind="stable").index  # equals stay in the board's order
+    return table.loc[order].rename_axis("label").reset_index()

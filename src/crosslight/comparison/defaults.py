@@ -11,12 +11,12 @@ TASKS = ("digits", "language", "forecast", "spelling")
 #: They stand in every table: what is not attention, and what everybody uses.
 BASELINES = (Entrant("mean-pooling"), Entrant("softmax"))
 
-#: Options fit the 48 to 128 tokens of the bundled tasks: a block of 512 would be full attention there.
+#: Options fit the 48 to 128 tokens of the bundled tasks: one block of 512 would be full attention there.
 MECHANISMS = (
     Entrant("sigmoid-attention"),
     Entrant("agent-attention", {"agents": 16}),
     Entrant("efficient-attention"),
-    Entrant("lightning-attention", {"block_size": 32}),
+    Entrant("lightning-attention"),
     Entrant("moba", {"block_size": 8, "top_k": 3}),
 )
 

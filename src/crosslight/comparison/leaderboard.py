@@ -40,8 +40,7 @@ def leaderboard(trials: pd.DataFrame) -> pd.DataFrame:
             }
         )
     board = pandas.DataFrame(rows)
-    better = board.higher_is_better.where(board.higher_is_better.notna(), True).astype(bool)
-    board["_order"] = board["mean"].where(~better, -board["mean"])
-    order = {task: i for i, task in enumerate(dict.fromkeys(board.task))}
-    board["_task"] = board.task.map(order)
-    return board.sort_values(["_task", "_order"], na_position="last").drop(columns=["_order", "_task"]).reset_index(drop=True)
+    board["_rank"] = board["mean"].where(~board.higher_is_better.astype(bool), -board["mean"])
+    board["_task"] = board.task.map({task: i for i, task in enumerate(dict.fromkeys(board.task))})
+    board = board.sort_values(["_task", "_rank"], na_position="last").drop(columns=["_task", "_rank"])
+    return board.reset_index(drop=True)

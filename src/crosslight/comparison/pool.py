@@ -7,9 +7,11 @@ import importlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -24,30 +26,39 @@ Watcher = Callable[[Trial, float, Record | None], None]
 
 def run_all(trials: Sequence[Trial], store: Store, *, workers: int = 1, watcher: Watcher | None = None) -> None:
     """Run the trials that the store lacks. The store holds every trial that ended, whatever stops this."""
-    watch = watcher or (lambda trial, share, record: None)
+    watch = watcher or _unwatched
     missing = list({trial.key: trial for trial in trials if trial.key not in store}.values())
-    workers = min(workers, len(missing))
+    # Under `accelerate launch` the processes share a trial instead of each running its own.
+    workers = min(workers, len(missing)) if int(os.environ.get("WORLD_SIZE", "1")) == 1 else 1
     if workers > 1 and all(map(_importable, missing)):
         _in_processes(missing, store, workers, watch)
         return
     for trial in missing:
-        record = run(trial, lambda share, trial=trial: watch(trial, share, None), store.weights(trial.key))
+        record = run(trial, partial(_share, watch, trial), store.weights(trial.key))
         store.append(record)
         watch(trial, 1.0, record)
 
 
-def _module(trial: Trial) -> str | None:
-    """The module that registers the entrant, where it is not one of ours."""
-    if trial.entrant.id in tasks.find(trial.task).companions:
-        return None
-    module = registry.factory(trial.entrant.id)[0].__module__
-    return None if module.startswith("crosslight.") else module
+def _share(watch: Watcher, trial: Trial, share: float) -> None:
+    watch(trial, share, None)
+
+
+def _unwatched(trial: Trial, share: float, record: Record | None) -> None:
+    pass
+
+
+def _modules(trial: Trial) -> set[str]:
+    """The modules that register the task and the entrant, where they are not ours."""
+    task = tasks.find(trial.task)
+    found = {task.__module__}
+    if trial.entrant.id not in task.companions:
+        found.add(registry.factory(trial.entrant.id)[0].__module__)
+    return {module for module in found if not module.startswith("crosslight.")}
 
 
 def _importable(trial: Trial) -> bool:
-    module = _module(trial)
     # A script is imported anew by each worker; a notebook or an interactive session cannot be.
-    return module != "__main__" or hasattr(importlib.import_module("__main__"), "__file__")
+    return "__main__" not in _modules(trial) or hasattr(sys.modules["__main__"], "__file__")
 
 
 class _Worker:
@@ -62,7 +73,7 @@ class _Worker:
 
     def give(self, trial: Trial, weights: str) -> None:
         self.trial = trial
-        self.pipe.send((trial, weights, _module(trial)))
+        self.pipe.send((trial, weights, _modules(trial) - {"__main__"}))
 
     def stop(self) -> None:
         self.process.terminate()
@@ -81,7 +92,7 @@ def _in_processes(trials: Iterable[Trial], store: Store, workers: int, watch: Wa
                 _next(team[-1], waiting, store)
             by_pipe = {worker.pipe: worker for worker in team}
             for pipe in wait(list(by_pipe)):
-                worker = by_pipe[pipe]  # type: ignore[index]
+                worker = by_pipe[pipe]
                 assert worker.trial is not None
                 try:
                     share, record = worker.pipe.recv()
@@ -112,7 +123,7 @@ def _next(worker: _Worker, waiting: list[Trial], store: Store) -> bool:
 
 
 def _lost(trial: Trial, error: str) -> Record:
-    return {"key": trial.key, **trial.decides(), "status": "failed", "error": error, "wall_s": None}
+    return trial.record(status="failed", error=error, wall_s=None)
 
 
 def _work(pipe: Connection) -> None:
@@ -126,11 +137,9 @@ def _work(pipe: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            trial, weights, module = pipe.recv()
+            trial, weights, modules = pipe.recv()
         except EOFError:
             return
-        if module is not None and module != "__main__":
-            importlib.import_module(module)
         last = time.monotonic()
 
         def progress(share: float) -> None:
@@ -139,7 +148,13 @@ def _work(pipe: Connection) -> None:
                 last = time.monotonic()
                 pipe.send((share, None))
 
-        pipe.send((1.0, run(trial, progress, Path(weights))))
+        try:
+            for module in modules:
+                importlib.import_module(module)
+            record = run(trial, progress, Path(weights))
+        except ImportError as error:
+            record = _lost(trial, f"ImportError: {error}")
+        pipe.send((1.0, record))
 
 
 def _leave_with_parent() -> None:

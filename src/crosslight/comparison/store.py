@@ -60,8 +60,9 @@ class Store:
     def append(self, record: dict[str, Any]) -> None:
         """Write one trial; it is on the disk when this returns."""
         line = json.dumps(record, allow_nan=False, sort_keys=True) + "\n"
-        with self.path.open("ab") as file:
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        if os.environ.get("RANK", "0") == "0":  # of the processes that share a trial one writes
+            with self.path.open("ab") as file:
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
         self._records[record["key"]] = record

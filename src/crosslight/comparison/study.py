@@ -17,7 +17,7 @@ from crosslight.comparison.progress import Bars
 from crosslight.comparison.store import Store
 from crosslight.comparison.trial import Budget, Trial
 from crosslight.errors import CrosslightError, UnsupportedPattern, expect, require
-from crosslight.tasks import Entrant, Task
+from crosslight.tasks import Entrant, Size, Task
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,17 +90,16 @@ def compare(
     budget |= {"dim": dim, "heads": heads, "depth": depth}
     where = device_of(device)
     notes: list[str] = []
-    fitting: dict[str, list[Entrant]] = {}
-    for name, (task, _) in chosen.items():
-        fitting[name] = [e for e in entrants if _fits(e, task, e in asked, notes)]
+    budgets = {name: Budget.of(task, **budget) for name, (task, _) in chosen.items()}
+    fitting = {
+        name: [e for e in entrants if _fits(e, task, budgets[name].size, notes)] for name, (task, _) in chosen.items()
+    }
     if asked and not any(e in asked for found in fitting.values() for e in found):
         raise UnsupportedPattern(f"with: got {', '.join(e.id for e in asked)}, expected one that fits. {notes[0]}")
     trials = [
-        Trial(
-            task=name, task_options=options, entrant=entrant, seed=seed, budget=Budget.of(task, **budget), device=where
-        )
+        Trial(task=name, task_options=options, entrant=entrant, seed=seed, budget=budgets[name], device=where)
         for seed in numbers
-        for name, (task, options) in chosen.items()
+        for name, (_, options) in chosen.items()
         for entrant in fitting[name]
     ]
     store = Store(out)
@@ -148,11 +147,14 @@ def _tasks(
         wanted = {name: dict(options) for name in defaults.TASKS if pattern in (None, tasks.find(name).pattern)}
     made = {name: (tasks.get(name, **own), own) for name, own in wanted.items()}
     fitting = {name: pair for name, pair in made.items() if pattern in (None, pair[0].pattern)}
-    expect(bool(fitting), "pattern", repr(pattern), f"that of the task: {', '.join(t.pattern or t.kind for t, _ in made.values())}")
+    theirs = ", ".join(f"{task.pattern or task.kind} of {name}" for name, (task, _) in made.items())
+    expect(bool(fitting), "pattern", repr(pattern), theirs)
     return fitting
 
 
-def _entrants(mechanisms: str | Iterable[str | Entrant] | None, group: str | None) -> tuple[list[Entrant], list[Entrant]]:
+def _entrants(
+    mechanisms: str | Iterable[str | Entrant] | None, group: str | None
+) -> tuple[list[Entrant], list[Entrant]]:
     """All entrants, and those among them that were asked for by name."""
     asked: list[Entrant] = []
     mechanisms = [mechanisms] if isinstance(mechanisms, str) else mechanisms
@@ -172,8 +174,8 @@ def _unique(entrants: Iterable[Entrant]) -> Iterable[Entrant]:
     return {e.label: e for e in entrants}.values()
 
 
-def _fits(entrant: Entrant, task: Task, asked: bool, notes: list[str]) -> bool:
-    """Whether the entrant can enter; a note where it was asked for and cannot."""
+def _fits(entrant: Entrant, task: Task, size: Size, notes: list[str]) -> bool:
+    """Whether the entrant can enter; a note where it cannot."""
     if entrant.id in task.companions:
         return True
     registry.factory(entrant.id)  # also finds a row that was written after the index
@@ -185,7 +187,7 @@ def _fits(entrant: Entrant, task: Task, asked: bool, notes: list[str]) -> bool:
         why = f"it has no {task.pattern} attention. {card.why_not}".strip()
     elif task.kind == "token":
         # Wrong options are the user's to mend, before anything is trained.
-        registry.create(entrant.id, **{"dim": task.size.dim, "heads": task.size.heads, **entrant.options})
+        registry.create(entrant.id, **{"dim": size.dim, "heads": size.heads, **entrant.options})
     if why and entrant not in defaults.BASELINES:
         notes.append(f"{entrant.label} is not in {task.name}: {why}")
     return not why

@@ -84,6 +84,12 @@ class Trial:
             "code": [self._entrant_source(task), _source(task.__module__), _source("crosslight.tasks.trunk")],
         }
 
+    def record(self, **outcome: Any) -> dict[str, Any]:
+        """The trial's line in the store."""
+        task = tasks.find(self.task)
+        about = {name: getattr(task, name) for name in ("pattern", "kind", "metric", "higher_is_better")}
+        return {"key": self.key, **self.decides(), **about, **outcome}
+
     def _entrant_source(self, task: type[Task]) -> str:
         return "" if self.entrant.id in task.companions else source_of(self.entrant.id)
 
@@ -123,14 +129,17 @@ def source_of(id: str) -> str:
 
 def run(trial: Trial, progress: Progress | None = None, weights: Path | None = None) -> dict[str, Any]:
     """Train, judge and measure. Never raises for what a trial does: the record says "failed" or "diverged"."""
-    record: dict[str, Any] = {"key": trial.key, **trial.decides()}
     started = time.perf_counter()
     try:
-        record |= _run(trial, progress or (lambda share: None), weights)
+        outcome = _run(trial, progress or (lambda share: None), weights)
     except Exception as error:
-        first = str(error).strip().partition("\n")[0]
-        record |= {"status": "failed", "error": f"{type(error).__name__}: {first}"}
-    return record | {"wall_s": round(time.perf_counter() - started, 3)}
+        outcome = {"status": "failed", "error": told(error)}
+    return trial.record(**outcome, wall_s=round(time.perf_counter() - started, 3))
+
+
+def told(error: Exception) -> str:
+    """An error on one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _run(trial: Trial, progress: Progress, weights: Path | None) -> dict[str, Any]:
@@ -138,25 +147,21 @@ def _run(trial: Trial, progress: Progress, weights: Path | None) -> dict[str, An
     task, budget = tasks.get(trial.task, **trial.task_options), trial.budget
     torch.manual_seed(trial.seed)
     model = task.model(trial.entrant, budget.size)
-    record: dict[str, Any] = {
-        "pattern": task.pattern,
-        "kind": task.kind,
-        "metric": task.metric,
-        "higher_is_better": task.higher_is_better,
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
-    trained = _train(accelerator, task, model, trial, progress)
-    record |= trained
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    record = {"parameters": parameters, **_train(accelerator, task, model, trial, progress)}
     if record["status"] == "diverged":
         return record
-    model = accelerator.unwrap_model(model).eval()
+    model.eval()
     with torch.no_grad():
         scores = task.evaluate(model)
     if not all(math.isfinite(value) for value in scores.values()):
         return record | {"status": "diverged", "error": "a metric on held-out data is not finite"}
     record |= {"scores": scores, "score": scores[task.metric]}
     if weights is not None and accelerator.is_main_process:
-        maps.save(task, model, weights, _device(accelerator))
+        try:
+            maps.save(task, model, weights, accelerator.device)
+        except Exception as error:  # the score stands without the picture
+            record["weights_error"] = told(error)
     return record
 
 
@@ -164,13 +169,11 @@ def _accelerator(device: str) -> Any:
     accelerate = require("accelerate", "compare")
     state = require("accelerate.state", "compare")
     current = state.PartialState._shared_state.get("device")
-    if current is not None and torch.device(device).type != current.type and torch.distributed.is_initialized() is False:
-        state.AcceleratorState._reset_state(reset_partial_state=True)  # one process, another device than before
-    return accelerate.Accelerator(cpu=torch.device(device).type == "cpu")
-
-
-def _device(accelerator: Any) -> torch.device:
-    return accelerator.device
+    if current is not None and torch.device(device).type != current.type:
+        state.AcceleratorState._reset_state(reset_partial_state=True)  # this process ran on another device before
+    # An entrant may leave parameters idle: mean pooling asks no queries.
+    idle = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
+    return accelerate.Accelerator(cpu=torch.device(device).type == "cpu", kwargs_handlers=[idle])
 
 
 def to(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

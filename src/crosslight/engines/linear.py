@@ -55,7 +55,7 @@ def weights(
 ) -> Float[Tensor, "batch heads n m"]:
     """The matrix that `attend` stands for."""
     k = _kept(repeat_heads(k, q.shape[1]), keep)
-    n, m = q.shape[2], k.shape[2]
+    n = q.shape[2]
     _check(q, k, causal, log_decay)
     if log_decay is not None and log_decay.dim() == 4:
         size = 1 << (n - 1).bit_length()
@@ -366,9 +366,7 @@ class _Causal(torch.autograd.Function):
         dq, dk, dv, dstate = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.zeros_like(states[0])
         for part, state in zip(reversed(parts), reversed(states), strict=True):
             segment = _Causal.cut(q, k, v, g, part, size)
-            dq[:, :, part], dk[:, :, part], dv[:, :, part], dstate = segment.backward(
-                grad[:, :, part], state, dstate
-            )
+            dq[:, :, part], dk[:, :, part], dv[:, :, part], dstate = segment.backward(grad[:, :, part], state, dstate)
         if g is None or not ctx.needs_input_grad[3]:
             return dq, dk, dv, None
         # The output depends on differences of the cumulative log-decay alone: D_ij = exp(G_i - G_j).

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["attend", "attend_with_lse", "merge", "pays", "plan"]
 
 #: Scores that are held at a time: they should fit in a core's cache.
-CHUNK = 1 << 18
+CHUNK = 1 << 19
 #: Below this many pairs the dense way is fast whatever the mask.
 SMALL = 1 << 20
 #: A plan pays where it computes less than this share of all pairs.
@@ -102,6 +102,8 @@ def _attend(q, k, v, mask, causal, scale, want_lse):
         raise CrosslightError(
             f"backend: got {forced()!r}, expected one that sparse attention has: reference, flex, gather"
         )
+    # Once here, and not in every pass.
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     text, tensors = masks.pack(rule)
     if torch.compiler.is_compiling():
         return _planned_operator(q, k, v, tensors, text, scale, want_lse)
@@ -216,13 +218,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         work = _Work(q, k, text, tensors)
-        flat_q, flat_k, flat_v = work.flat(q), work.flat(k, work.plan.unit), work.flat(v, work.plan.unit)
+        flat_q, flat_k, flat_v = work.flat(q * scale), work.flat(k, work.plan.unit), work.flat(v, work.plan.unit)
         out = flat_q.new_zeros(*flat_q.shape[:2], v.shape[3], dtype=work.dtype)
         # The log-sum-exp, and whether there is one: rows outside of the plan have none.
         stats = flat_q.new_zeros(*flat_q.shape[:2], 2 if want_lse else 0, dtype=work.dtype)
         for part, chunk, hidden in work:
             args = (work.keys(part, x, chunk) for x in (flat_k, flat_v))
-            y, lse = tiles.forward(work.queries(part, flat_q, chunk), *args, hidden, scale, want_lse)
+            y, lse = tiles.forward(work.queries(part, flat_q, chunk), *args, hidden, want_lse)
             work.add_queries(part, out, chunk, y)
             if lse is not None:
                 some = lse.isfinite()
@@ -247,7 +249,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         work = _Work(q, k, text, tensors)
-        flat_q, flat_k, flat_v = work.flat(q), work.flat(k, work.plan.unit), work.flat(v, work.plan.unit)
+        flat_q, flat_k, flat_v = work.flat(q * scale), work.flat(k, work.plan.unit), work.flat(v, work.plan.unit)
         flat_grad = work.flat(grad)
         delta = torch.linalg.vecdot(grad.to(work.dtype), out.to(work.dtype))
         if grad_lse is not None:
@@ -257,13 +259,13 @@ def _backward(
         for part, chunk, hidden in work:
             args = (work.queries(part, flat_q, chunk), work.keys(part, flat_k, chunk), work.keys(part, flat_v, chunk))
             by = work.queries(part, flat_grad, chunk), work.queries(part, delta, chunk).squeeze(-1)
-            by_q, by_k, by_v = tiles.backward(*args, hidden, scale, *by)
+            by_q, by_k, by_v = tiles.backward(*args, hidden, *by)
             work.add_queries(part, grad_q, chunk, by_q)
             work.add_keys(part, grad_k, chunk, by_k)
             work.add_keys(part, grad_v, chunk, by_v)
         m = k.shape[2]
         return (
-            grad_q.unflatten(0, q.shape[:2]).to(q.dtype),
+            grad_q.mul_(scale).unflatten(0, q.shape[:2]).to(q.dtype),
             grad_k[:, :m].unflatten(0, k.shape[:2]).to(k.dtype),
             grad_v[:, :m].unflatten(0, v.shape[:2]).to(v.dtype),
         )

@@ -1,7 +1,7 @@
 """Softmax attention inside a batch of tiles: a few queries on a few keys each, with the log-sum-exp of their scores.
 
 The sparse engine cuts attention into tiles and adds their results up; this module is the arithmetic of one batch of
-tiles and its gradient. Shapes, with s key/value heads and g query heads to each:
+tiles and its gradient. Queries come already scaled. Shapes, with s key/value heads and g query heads to each:
 
     q, out          (s, tiles, g, rows, dim)
     k, v            (s, tiles, keys, dim)
@@ -37,20 +37,23 @@ class Hidden:
         return cls(hidden.to(dtype).mul_(torch.finfo(dtype).min / 2), hidden.all(-1, keepdim=True))
 
 
-def _probabilities(q: Tensor, k: Tensor, hidden: Hidden | None, scale: float) -> tuple[Tensor, Tensor]:
+def _probabilities(q: Tensor, k: Tensor, hidden: Hidden | None) -> tuple[Tensor, Tensor]:
     """Scores and their softmax, (s * tiles, g * rows, keys). Empty rows come out uniform."""
-    scores = torch.bmm(q.flatten(2, 3).flatten(0, 1) * scale, k.flatten(0, 1).transpose(1, 2))
+    scores = torch.bmm(q.flatten(2, 3).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
     if hidden is not None:
         scores.view(*q.shape[:4], -1).add_(hidden.floor)
     return scores, scores.softmax(-1)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Hidden | None, scale: float, want_lse: bool = True
+    q: Tensor, k: Tensor, v: Tensor, hidden: Hidden | None, want_lse: bool = True, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention inside each tile, and the log-sum-exp of each row. Empty rows give 0 and -inf."""
-    scores, weights = _probabilities(q, k, hidden, scale)
-    out = torch.bmm(weights, v.flatten(0, 1)).view(*q.shape[:4], v.shape[-1])
+    """Attention inside each tile, and the log-sum-exp of each row. Empty rows give 0 and -inf.
+
+    ``into`` (s * tiles, g * rows, dim) is where the output is written, if given.
+    """
+    scores, weights = _probabilities(q, k, hidden)
+    out = torch.bmm(weights, v.flatten(0, 1), out=into).view(*q.shape[:4], v.shape[-1])
     lse = None
     if want_lse:
         lse = (scores.amax(-1) - weights.amax(-1).log_()).view(q.shape[:4])
@@ -62,9 +65,15 @@ def forward(
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Hidden | None, scale: float, grad: Tensor, delta: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hidden: Hidden | None,
+    grad: Tensor,
+    delta: Tensor,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by q, k and v.
+    """Gradients by the scaled q, k and v; ``into`` as in `forward`, for that by q.
 
     ``grad`` is the gradient by the tile's output. ``delta`` (s, tiles, g, rows) is what each row subtracts: the sum of
     grad * out over the channels, less the gradient by the log-sum-exp. Where a row's keys are spread over several
@@ -72,12 +81,12 @@ def backward(
     """
     if hidden is not None:
         grad, delta = grad.masked_fill(hidden.empty, 0.0), delta.masked_fill(hidden.empty.squeeze(-1), 0.0)
-    _, weights = _probabilities(q, k, hidden, scale)
+    _, weights = _probabilities(q, k, hidden)
     flat_q, flat_grad = q.flatten(2, 3).flatten(0, 1), grad.flatten(2, 3).flatten(0, 1)
     flat_k, flat_v = k.flatten(0, 1), v.flatten(0, 1)
     grad_v = torch.bmm(weights.transpose(1, 2), flat_grad)
     by_score = torch.bmm(flat_grad, flat_v.transpose(1, 2)).sub_(delta.reshape(*flat_grad.shape[:2], 1))
     by_score.mul_(weights)
-    grad_q = torch.bmm(by_score, flat_k).mul_(scale)
-    grad_k = torch.bmm(by_score.transpose(1, 2), flat_q).mul_(scale)
+    grad_q = torch.bmm(by_score, flat_k, out=into)
+    grad_k = torch.bmm(by_score.transpose(1, 2), flat_q)
     return grad_q.view_as(q), grad_k.view_as(k), grad_v.view(*k.shape[:3], -1)

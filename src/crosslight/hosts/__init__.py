@@ -15,20 +15,11 @@ Hosts are our own mechanisms, transformers, timm, diffusers, ``torch.nn.Multihea
 
 from __future__ import annotations
 
-from typing import Any
-
 from crosslight.hosts.base import Call, Rule, Site
 from crosslight.hosts.find import sites
+from crosslight.hosts.inserting import insert
 from crosslight.hosts.steering import steer
 from crosslight.hosts.swapping import Swap, swap
 from crosslight.hosts.watching import Seen, watch
 
 __all__ = ["Call", "Rule", "Seen", "Site", "Swap", "insert", "sites", "steer", "swap", "watch"]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "insert":
-        from crosslight.hosts.insert import insert
-
-        return insert
-    raise AttributeError(f"module 'crosslight.hosts' has no attribute {name!r}")

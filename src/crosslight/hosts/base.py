@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -90,10 +90,6 @@ class Call:
 #: ``strength``; at 0 it is not asked at all.
 Rule = Callable[[Tensor, Call], Tensor]
 Where = str | Callable[[Site], bool] | None
-
-
-class Watcher(Protocol):
-    def __call__(self, weights: Tensor, call: Call) -> Tensor: ...
 
 
 @dataclass(eq=False)

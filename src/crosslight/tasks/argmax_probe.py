@@ -6,7 +6,6 @@ that does not know the order gives the same answer for every order of the number
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from crosslight.tasks.argmax_position import ArgmaxPosition
@@ -37,7 +36,7 @@ class ArgmaxProbe(ArgmaxPosition):
     name = "argmax-probe"
     pattern = "noncausal-self"
     size = Size(dim=32, heads=4, depth=2)
-    steps = 1000
+    steps = 700
 
     def __init__(self, length: int = 8) -> None:
         super().__init__(length)

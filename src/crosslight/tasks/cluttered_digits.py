@@ -13,7 +13,7 @@ from crosslight import registry
 from crosslight.tasks.base import Entrant, Size, Task, task
 from crosslight.tasks.digits import load
 
-SIDE, DIGIT, FRAGMENT = 20, 8, 4
+SIDE, DIGIT, FRAGMENT = 16, 8, 4
 
 
 def scenes(x: Tensor, y: Tensor, count: int, fragments: int, noise: float, draw: torch.Generator) -> dict[str, Tensor]:
@@ -81,19 +81,19 @@ class TinyResNet(nn.Module):
 
 @task
 class ClutteredDigits(Task):
-    """Which digit is whole in a 20 x 20 scene of noise and fragments of digits? A small ResNet, the entrant at the end
+    """Which digit is whole in a 16 x 16 scene of noise and fragments of digits? A small ResNet, the entrant at the end
     of each residual branch."""
 
     name = "cluttered-digits"
     kind = "map"
     metric = "accuracy"
-    size = Size(dim=8, heads=1, depth=3)
-    steps = 300
+    size = Size(dim=12, heads=1, depth=3)
+    steps = 400
     batch_size = 64
-    lr = 3e-3
+    lr = 5e-3
     test = 360
 
-    def __init__(self, fragments: int = 6, noise: float = 0.1) -> None:
+    def __init__(self, fragments: int = 4, noise: float = 0.1) -> None:
         self.fragments, self.noise = fragments, noise
 
     def batches(self, seed, batch_size):

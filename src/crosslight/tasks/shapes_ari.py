@@ -16,12 +16,12 @@ from crosslight.errors import require
 from crosslight.tasks.base import Entrant, Size, Task, task
 from crosslight.tasks.trunk import attention, mlp
 
-SIDE = 16
+SIDE = 12
 COLOURS = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 1.0), (0.0, 1.0, 1.0))
 
 
 class PixelPositions(nn.Module):
-    """Adds a linear map of each pixel's distances to the four borders."""
+    """Adds a linear map of each pixel's distances to the four borders, over (..., side * side, dim)."""
 
     grid: Tensor
 
@@ -42,10 +42,8 @@ class SlotAutoencoder(nn.Module):
 
     def __init__(self, entrant: Entrant, dim: int, slots: int) -> None:
         super().__init__()
-        self.encode = nn.Sequential(
-            nn.Conv2d(3, dim, 3, padding=1), nn.ReLU(), nn.Conv2d(dim, dim, 3, padding=1), nn.ReLU()
-        )
-        self.positions = PixelPositions(dim)
+        # A pixel's colour and place are all that these pictures need: no convolutions.
+        self.embed, self.positions = nn.Linear(3, dim), PixelPositions(dim)
         self.features = nn.Sequential(nn.LayerNorm(dim), mlp(dim))
         self.entrant = attention(entrant, Size(dim=dim, heads=1, depth=1))
         # Entrants without queries of their own get these.
@@ -55,7 +53,7 @@ class SlotAutoencoder(nn.Module):
         self.decode = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.features(self.positions(self.encode(x).flatten(2).mT))
+        z = self.features(self.positions(self.embed(x.flatten(2).mT)))
         queries = None if self.queries is None else self.queries.expand(len(z), -1, -1)
         slots = self.entrant(queries, z)
         pixels = self.decode(self.broadcast(slots.unsqueeze(2)))
@@ -71,9 +69,9 @@ class ShapesARI(Task):
     pattern = "noncausal-cross"
     metric = "ari"
     size = Size(dim=32, heads=1, depth=1)
-    steps = 800
-    batch_size = 32
-    lr = 3e-3
+    steps = 1500
+    batch_size = 16
+    lr = 6e-3
 
     def __init__(self, shapes: tuple[int, int] = (2, 3), slots: int = 4) -> None:
         self.shapes, self.slots = shapes, slots

@@ -89,7 +89,7 @@ def _whole(frame: pd.DataFrame, columns: list[str]) -> None:
         missing = int(frame[column].isna().sum())
         if _is_number(frame[column]):
             missing += int((frame[column].abs() == float("inf")).sum())
-        expect(missing == 0, "table", f"{missing} values in column {column!r} that are missing, NaN or infinite", "none")
+        expect(missing == 0, "table", f"{missing} missing, NaN or infinite values in column {column!r}", "none")
 
 
 def choose(file: str, target: str | None, goal: str | None = None) -> str:
@@ -124,7 +124,8 @@ class TableForecast(SeriesForecast):
             frame = frame.sort_values(dates[0], kind="stable")
         # Both parts must hold a window: the training rows whole ones, the held-out rows at least their horizons.
         needed = int(max((history + horizon + 8) / self.share, horizon / (1 - self.share))) + 1
-        expect(len(frame) >= needed, "table", f"{len(frame)} rows", f"at least {needed} for history {history} and horizon {horizon}")
+        wanted = f"at least {needed} for history {history} and horizon {horizon}"
+        expect(len(frame) >= needed, "table", f"{len(frame)} rows", wanted)
         self._rows = torch.tensor(frame[numbers].to_numpy(dtype="float32", copy=True))
         self._times = frame[dates[0]].astype(str).tolist() if dates else [str(i) for i in range(len(frame))]
 

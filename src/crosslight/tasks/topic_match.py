@@ -76,7 +76,7 @@ class TopicMatch(Task):
     kind = "fusion"
     metric = "recall@1"
     size = Size(dim=16, heads=2, depth=1)
-    steps = 500
+    steps = 1000
     batch_size = 64
     lr = 1e-2
 
@@ -100,11 +100,14 @@ class TopicMatch(Task):
         others = self._sentences(order[:, self.sentences :], WORDS // 2, generator)
         return {"context": context.flatten(1), "candidates": torch.cat([right, others], 1)[:, : self.candidates]}
 
+    def _pairs(self, count: int, generator: torch.Generator) -> Batch:
+        batch = self._draw(count, generator)
+        return {"context": batch["context"], "candidate": batch["candidates"][:, 0]}
+
     def batches(self, seed, batch_size):
         generator = torch.Generator().manual_seed(seed)
         while True:
-            batch = self._draw(batch_size, generator)
-            yield {"context": batch["context"], "candidate": batch["candidates"][:, 0]}
+            yield self._pairs(batch_size, generator)
 
     def model(self, entrant, size):
         return _Scorer(entrant, size, self.topics, self.sentences * SENTENCE)
@@ -121,4 +124,4 @@ class TopicMatch(Task):
         return {"recall@1": (rank == 0).float().mean().item(), "mrr": (1 / (1 + rank.float())).mean().item()}
 
     def example(self):
-        return self._draw(1, torch.Generator().manual_seed(1_000_003))
+        return self._pairs(1, torch.Generator().manual_seed(1_000_003))

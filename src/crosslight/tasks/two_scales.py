@@ -96,7 +96,7 @@ class TwoScales(Task):
     kind = "fusion"
     metric = "accuracy"
     size = Size(dim=32, heads=4, depth=2)
-    steps = 200
+    steps = 300
     batch_size = 32
     lr = 3e-3
 

@@ -89,7 +89,7 @@ def generate(
     """
     np = require("numpy", "compare")
     expect(length % 2 == 0, "length", length, "an even number of tokens")
-    expect(1 <= pairs and 4 * pairs <= length, "pairs", pairs, f"1 to length / 4 = {length // 4}")
+    expect(pairs >= 1 and 4 * pairs <= length, "pairs", pairs, f"1 to length / 4 = {length // 4}")
     expect(vocab > max(length, 2 * pairs + 2), "vocab", vocab, f"more than {max(length, 2 * pairs + 2)} tokens")
     draw = np.random.RandomState(seed)  # the legacy stream is the one that the paper's arrays come from
     context, slots = 2 * pairs, (length - 2 * pairs) // 2

@@ -51,6 +51,22 @@ class refused:
         return True
 
 
+def differentiable(function: Callable[..., Tensor], inputs: dict[str, Tensor]) -> None:
+    """The gradient of ``function(**inputs)``, a random projection of it, equals central differences along a random
+    direction for each input. (`torch.autograd.gradcheck` asks the same but is slow to say what is wrong.)"""
+    step, y = 1e-6, function(**inputs)
+    cotangent = torch.randn_like(y)
+    found = torch.autograd.grad(y, list(inputs.values()), cotangent, allow_unused=True)
+    for (name, t), g in zip(inputs.items(), found, strict=True):
+        direction = torch.randn_like(t)
+        with torch.no_grad():
+            ahead, behind = (function(**{**inputs, name: t + sign * step * direction}) for sign in (1, -1))
+            expected = ((ahead - behind) * cotangent).sum().item() / (2 * step)
+        slope = 0.0 if g is None else (g * direction).sum().item()
+        gap = abs(slope - expected)
+        assert gap <= 1e-5 * (1 + abs(expected)), f"gradient of {name} is {slope:.6g}, by differences {expected:.6g}"
+
+
 def restored(module: nn.Module, other: nn.Module, output: Callable[[Any], Tensor]) -> None:
     """``other``, built with another seed, and a deepcopy give the output of ``module`` once they hold its state."""
     file = io.BytesIO()

@@ -1,6 +1,6 @@
 """The checks of kind control: rules that change the attention of a model while it runs.
 
-A row whose rule asks more of its host than a small transformer over ten tokens brings ``sample(**options) -> (rule,
+A row whose rule asks more of its host than a small transformer over 24 tokens brings ``sample(**options) -> (rule,
 {"model": model, "inputs": inputs})``.
 """
 
@@ -41,7 +41,7 @@ def ready(make: Make, **options: Any) -> tuple[Any, nn.Module, Any]:
         return rule, example["model"].eval(), example["inputs"]
     rule = make(dtype=None, **options)
     expect(callable(rule), "rule", type(rule).__name__, "a function (weights, call) -> weights")
-    return rule, host(), torch.randn(2, 10, 16)
+    return rule, host(), torch.randn(4, 24, 16)
 
 
 def run(model: nn.Module, inputs: Any) -> Tensor:
@@ -66,7 +66,8 @@ def strength_zero_changes_nothing(make: Make, card: Card) -> None:
 def rule_acts_and_stays_finite(make: Make, card: Card) -> None:
     """The rule changes the output, which stays finite."""
     rule, model, inputs = ready(make)
-    plain = run(model, inputs)
+    with steer(model, lambda weights, call: weights):
+        plain = run(model, inputs)
     with steer(model, rule):
         steered = run(model, inputs)
     assert steered.isfinite().all(), "the steered output is not finite"

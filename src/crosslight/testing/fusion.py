@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crosslight.cards import Card
 from crosslight.fusion.base import Fusion
-from crosslight.testing.common import EXACT, close, gradients, published_sizes, refused, restored, twice
+from crosslight.testing.common import EXACT, close, differentiable, gradients, published_sizes, refused, restored, twice
 from crosslight.testing.suite import Make, declare
 
 declare("fusion")(published_sizes)
@@ -85,14 +85,12 @@ def empty_streams_stay_finite(make: Make, card: Card) -> None:
 def gradients_are_exact(make: Make, card: Card) -> None:
     """Gradients of the streams and of every parameter equal finite differences in float64."""
     block, streams = drawn(make)
-    names = [name for name, p in block.named_parameters() if p.requires_grad]
 
-    def output(*given: Tensor) -> Tensor:
-        own = dict(zip(names, given[len(streams) :], strict=True))
-        return joined(torch.func.functional_call(block, own, (dict(zip(streams, given, strict=False)),)))
+    def output(**given: Tensor) -> Tensor:
+        parameters = {name: t for name, t in given.items() if name not in streams}
+        return joined(torch.func.functional_call(block, parameters, ({name: given[name] for name in streams},)))
 
-    given = (*streams.values(), *(p for p in block.parameters() if p.requires_grad))
-    torch.autograd.gradcheck(output, given, fast_mode=True, check_undefined_grad=False, atol=1e-5, rtol=1e-3)
+    differentiable(output, streams | {name: p for name, p in block.named_parameters() if p.requires_grad})
 
 
 @declare("fusion")

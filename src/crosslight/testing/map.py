@@ -11,7 +11,7 @@ from torch import Tensor
 from crosslight.cards import Card
 from crosslight.errors import CrosslightError
 from crosslight.maps.base import MapAttention
-from crosslight.testing.common import close, gradients, refused, restored, twice
+from crosslight.testing.common import close, differentiable, gradients, refused, restored, twice
 from crosslight.testing.suite import Make, declare
 
 #: Sides that a map must take: one cell, odd, uneven.
@@ -65,13 +65,11 @@ def gradients_are_exact(make: Make, card: Card) -> None:
     """Gradients of the input and of every parameter equal finite differences in float64."""
     gate = make()
     x = sample(gate, (*SPACES[gate.space[0]][-1][:-1], 3), batch=1)
-    names = [name for name, p in gate.named_parameters() if p.requires_grad]
 
-    def output(x: Tensor, *parameters: Tensor) -> Tensor:
-        return torch.func.functional_call(gate, dict(zip(names, parameters, strict=True)), (x,))
+    def output(x: Tensor, **parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(gate, parameters, (x,))
 
-    values = [p for p in gate.parameters() if p.requires_grad]
-    torch.autograd.gradcheck(output, (x, *values), fast_mode=True, check_undefined_grad=False, atol=1e-5, rtol=1e-3)
+    differentiable(output, {"x": x} | {name: p for name, p in gate.named_parameters() if p.requires_grad})
 
 
 @declare("map")

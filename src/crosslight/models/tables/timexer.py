@@ -145,6 +145,15 @@ class TimeXer(nn.Module):
         # Seven channels that read one another.
         "etth1_96": _preset(96, 96, 16, None, channels=7, dim=256, heads=8, depth=1, hidden=2048),
     }
+    #: Parameters, as the released code (Time-Series-Library) builds these settings.
+    published: ClassVar[dict[str, int]] = {
+        "epf_np": 8_087_576,
+        "epf_pjm": 12_810_776,
+        "epf_be": 5_457_944,
+        "epf_fr": 8_606_744,
+        "epf_de": 4_402_712,
+        "etth1_96": 1_782_112,
+    }
 
     def __init__(
         self,
@@ -179,6 +188,16 @@ class TimeXer(nn.Module):
         )
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear((seq_len // patch_len + 1) * dim, horizon)
+
+    @classmethod
+    def sample(cls, **options: Any) -> tuple[TimeXer, dict[str, Tensor]]:
+        """A small model built with ``options`` over the row's own, and random input for it (batch 2)."""
+        model = cls(**{**cls.presets["tiny"], "dim": 16, "heads": 2, "hidden": 32, **options})
+        inputs = {"series": torch.randn(2, model.seq_len, model.channels)}
+        own = model.lengths[1:] if model.channels > 1 else model.lengths
+        if own:
+            inputs["exogenous"] = torch.randn(2, own[0], 3)
+        return model, inputs
 
     def forward(
         self,

@@ -1,0 +1,358 @@
+"""Routed attention: each query of each head reads the few blocks of keys that it chose.
+
+Queries are grouped by the block they chose and each group is cut into tiles of a fixed number of rows, so that one
+batched matrix product serves many groups of any size. The parts of a query are joined by their log-sum-exp. The
+backward pass groups again and computes the tiles again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from crosslight.engines import dense, masks, sparse, tiles
+from crosslight.engines.backend import forced
+from crosslight.engines.masks import Mask
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+    Query = Float[Tensor, "batch heads n dim"]
+    Key = Float[Tensor, "batch kv_heads m dim"]
+    Value = Float[Tensor, "batch kv_heads m value_dim"]
+    Chosen = Int[Tensor, "batch heads n choices"]
+    Out = Float[Tensor, "batch heads n value_dim"]
+    LSE = Float[Tensor, "batch heads n"]
+
+#: Numbers that the parts of the queries may take before they are joined; above it heads are taken in turns.
+BUFFER = 1 << 24
+
+
+def attend(
+    q: Query, k: Key, v: Value, chosen: Chosen, block_size: int, *, mask: Mask | None = None, scale: float | None = None
+) -> tuple[Out, LSE]:
+    """softmax(q k^T * scale) v over the keys of the chosen blocks, and the log-sum-exp for `sparse.merge`.
+
+    Args:
+        q, k, v: (batch, heads, n, dim), (batch, kv_heads, m, dim), (batch, kv_heads, m, value_dim); heads is a
+            multiple of kv_heads.
+        chosen: numbers of blocks of ``block_size`` keys, different ones for a query; -1 for none. No gradient.
+        mask: of the keys in the chosen blocks, those that may be read.
+        scale: 1/sqrt(dim) unless given.
+
+    Returns:
+        (batch, heads, n, value_dim) and (batch, heads, n); 0 and -inf for queries with nothing to read.
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if forced() == "reference":
+        rule = masks.join(masks.Pairs(visible(chosen, block_size, k.shape[2])), mask)
+        return sparse.attend_with_lse(q, k, v, mask=rule, scale=scale)
+    # Once here, and not in every pass.
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    text, tensors = masks.pack(mask)
+    arguments = (q, k, v, chosen.detach(), tensors, text, block_size, scale)
+    if torch.compiler.is_compiling():
+        return _routed_operator(*arguments)[:2]
+    return _Routed.apply(*arguments)
+
+
+def visible(chosen: Chosen, block_size: int, m: int) -> Bool[Tensor, "batch heads n m"]:
+    """The boolean matrix of a choice of blocks."""
+    blocks = math.ceil(m / block_size)
+    table = chosen.new_zeros(*chosen.shape[:3], blocks + 1, dtype=torch.bool)
+    table.scatter_(-1, chosen.masked_fill(chosen < 0, blocks), True)
+    return table[..., :blocks].repeat_interleave(block_size, -1)[..., :m]
+
+
+# The executor -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The pairs (query, chosen block) of a few heads in tiles: tile t stands for ``block[t]`` of head ``head[t]``, and
+    its rows are the queries ``query[t]``, -1 where empty. Heads and queries are counted from the first one here."""
+
+    query: Int[Tensor, "tiles rows"]
+    block: Int[Tensor, "tiles"]
+    head: Int[Tensor, "tiles"]
+    #: The row in which each pair lies; -1 for the choice -1.
+    row: Int[Tensor, "queries choices"]
+
+
+def _group(chosen: Int[Tensor, "heads n choices"], blocks: int) -> _Groups:
+    heads, n, choices = chosen.shape
+    device = chosen.device
+    size = min(128, max(16, 1 << (n * choices // max(1, blocks)).bit_length()))
+    nowhere = heads * blocks
+    group = chosen + torch.arange(heads, device=device).view(-1, 1, 1) * blocks
+    group = group.masked_fill(chosen < 0, nowhere).flatten().int()
+    group, pair = group.sort(stable=True)
+    counts = torch.bincount(group, minlength=nowhere + 1)[:nowhere]
+    count = int(counts.sum())
+    group, pair = group[:count].long(), pair[:count]
+    in_tiles = (counts + size - 1) // size
+    total = int(in_tiles.sum())
+    # A pair's place in its group, counted from the group's first tile.
+    start = (in_tiles.cumsum(0) - in_tiles) * size - (counts.cumsum(0) - counts)
+    place = start[group] + torch.arange(count, device=device)
+    query = torch.full((total * size,), -1, device=device)
+    query[place] = pair // choices
+    row = torch.full((heads * n * choices,), -1, device=device)
+    row[pair] = place
+    of_tile = torch.repeat_interleave(torch.arange(nowhere, device=device), in_tiles, output_size=total)
+    return _Groups(query.view(total, size), of_tile % blocks, of_tile // blocks, row.view(heads * n, choices))
+
+
+class _Work:
+    """One call in the layout of the tiles: queries (batch * heads, n, dim), and tables of blocks of keys
+    (batch * kv_heads * blocks, block_size, dim)."""
+
+    def __init__(self, q: Tensor, k: Tensor, chosen: Tensor, text: str, tensors: list[Tensor], size: int) -> None:
+        self.batch, self.heads, self.n = q.shape[:3]
+        self.kv_heads, self.m = k.shape[1:3]
+        self.size, self.blocks = size, math.ceil(k.shape[2] / size)
+        self.rule, self.chosen = masks.unpack(text, tensors), chosen.flatten(0, 1)
+        self.device, self.dtype = q.device, tiles.working_dtype(q.dtype)
+
+    def table(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 0, 0, -self.m % self.size)) if self.m % self.size else x
+        return x.reshape(-1, self.size, x.shape[3])
+
+    def untable(self, x: Tensor, like: Tensor) -> Tensor:
+        return x.view(self.batch, self.kv_heads, -1, x.shape[2])[:, :, : self.m].to(like.dtype)
+
+    def turns(self, width: int) -> Iterator[tuple[int, int, _Groups]]:
+        """A few heads at a time: first, last, and their groups."""
+        total = self.batch * self.heads
+        several = max(1, BUFFER // max(1, self.n * self.chosen.shape[2] * width))
+        for first in range(0, total, several):
+            stop = min(first + several, total)
+            yield first, stop, _group(self.chosen[first:stop], self.blocks)
+
+    def chunks(self, first: int, groups: _Groups) -> Iterator[tuple[slice, Tensor, Tensor, tiles.Hidden | None]]:
+        """Of a turn that starts at head ``first``: tiles, their queries, their blocks in the table, what is hidden."""
+        step = max(1, sparse.CHUNK // (groups.query.shape[1] * self.size))
+        for start in range(0, groups.query.shape[0], step):
+            here = slice(start, start + step)
+            head = groups.head[here] + first
+            batch, head = head // self.heads, head % self.heads
+            kv = batch * self.kv_heads + head // (self.heads // self.kv_heads)
+            query = groups.query[here].clamp(min=0)
+            hidden = self._hidden(batch, head, query % self.n, groups.block[here])
+            yield here, query.flatten(), kv * self.blocks + groups.block[here], hidden
+
+    def _hidden(self, b: Tensor, h: Tensor, i: Tensor, block: Tensor) -> tiles.Hidden | None:
+        if self.rule is None and self.m % self.size == 0:
+            return None
+        j = (block[:, None] * self.size + torch.arange(self.size, device=self.device))[:, None]
+        seen = j < self.m
+        if self.rule is not None:
+            seen = seen & self.rule.visible(b[:, None, None], h[:, None, None], i[..., None], j.clamp(max=self.m - 1))
+        return tiles.Hidden.of(seen[:, None], self.dtype)
+
+
+def _buffer(old: Tensor, rows: int, width: int) -> Tensor:
+    """Room for rows, the same memory from turn to turn: fresh pages cost more than what is written to them."""
+    if old.shape[0] >= rows:
+        return old
+    return old.new_empty(rows + rows // 8, width)
+
+
+def _sum_rows(table: Tensor, row: Int[Tensor, "queries choices"], share: Tensor) -> Tensor:
+    """The weighted sum of each query's rows."""
+    if not table.shape[0]:
+        return table.new_zeros(row.shape[0], table.shape[1])
+    return F.embedding_bag(row.clamp(min=0), table, mode="sum", per_sample_weights=share)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor,
+    tensors: list[Tensor],
+    text: str,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp, and the share of each choice in them."""
+    with torch.autocast(q.device.type, enabled=False):
+        work = _Work(q, k, chosen, text, tensors, block_size)
+        flat_q, table_k, table_v = (q * scale).flatten(0, 1), work.table(k), work.table(v)
+        outs, lses, shares = [], [], []
+        part = flat_q.new_empty(0, v.shape[3], dtype=work.dtype)
+        for first, stop, groups in work.turns(v.shape[3]):
+            here_q = flat_q[first:stop].reshape(-1, q.shape[3])
+            places, rows = groups.query.numel(), groups.query.shape[1]
+            part = _buffer(part, places, v.shape[3])
+            part_lse = part.new_empty(places)
+            for here, query, block, hidden in work.chunks(first, groups):
+                filled = slice(here.start * rows, here.start * rows + query.shape[0])
+                _, lse = tiles.forward(
+                    here_q.index_select(0, query).to(work.dtype).view(1, -1, 1, rows, q.shape[3]),
+                    table_k.index_select(0, block).to(work.dtype)[None],
+                    table_v.index_select(0, block).to(work.dtype)[None],
+                    hidden,
+                    into=part[filled].view(-1, rows, v.shape[3]),
+                )
+                assert lse is not None
+                part_lse[filled] = lse.flatten()
+            if places:
+                parts = part_lse[groups.row.clamp(min=0)].masked_fill(groups.row < 0, -math.inf)
+            else:
+                parts = part_lse.new_full(groups.row.shape, -math.inf)
+            top = parts.amax(1, keepdim=True)
+            share = (parts - top.masked_fill(top == -math.inf, 0.0)).exp_()
+            total = share.sum(1, keepdim=True)
+            share = share / total.masked_fill(total == 0, 1.0)
+            outs.append(_sum_rows(part, groups.row, share).to(q.dtype))
+            lses.append((top + total.log()).flatten())  # -inf + log(0) where there is nothing
+            shares.append(share)
+        return (
+            torch.cat(outs).view(*q.shape[:3], v.shape[3]),
+            torch.cat(lses).view(q.shape[:3]),
+            torch.cat(shares).view(chosen.shape),
+        )
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor,
+    tensors: list[Tensor],
+    out: Tensor,
+    share: Tensor,
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    text: str,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(q.device.type, enabled=False):
+        work = _Work(q, k, chosen, text, tensors, block_size)
+        flat_q, flat_grad, table_k, table_v = (q * scale).flatten(0, 1), grad.flatten(0, 1), work.table(k), work.table(v)
+        delta = torch.linalg.vecdot(grad.to(work.dtype), out.to(work.dtype))
+        if grad_lse is not None:
+            delta = delta - grad_lse
+        delta, flat_share = delta.flatten(0, 1), share.flatten(0, 1)
+        by_k = torch.zeros_like(table_k, dtype=work.dtype)
+        by_v = torch.zeros_like(table_v, dtype=work.dtype)
+        by_q = []
+        part = flat_q.new_empty(0, q.shape[3], dtype=work.dtype)
+        for first, stop, groups in work.turns(q.shape[3]):
+            here_q = flat_q[first:stop].reshape(-1, q.shape[3])
+            here_grad = flat_grad[first:stop].reshape(-1, v.shape[3])
+            here_delta, rows = delta[first:stop].flatten(), groups.query.shape[1]
+            part = _buffer(part, groups.query.numel(), q.shape[3])
+            # What the softmax of a tile must be multiplied with to become that of the whole row.
+            weight = part.new_zeros(groups.query.numel())
+            there = groups.row >= 0
+            weight[groups.row[there]] = flat_share[first:stop].reshape(groups.row.shape)[there]
+            for here, query, block, hidden in work.chunks(first, groups):
+                filled = slice(here.start * rows, here.start * rows + query.shape[0])
+                w = weight[filled]
+                grads = tiles.backward(
+                    here_q.index_select(0, query).to(work.dtype).view(1, -1, 1, rows, q.shape[3]),
+                    table_k.index_select(0, block).to(work.dtype)[None],
+                    table_v.index_select(0, block).to(work.dtype)[None],
+                    hidden,
+                    (here_grad.index_select(0, query) * w[:, None]).view(1, -1, 1, rows, v.shape[3]),
+                    (here_delta[query] * w).view(1, -1, 1, rows),
+                    into=part[filled].view(-1, rows, q.shape[3]),
+                )
+                by_k.flatten(1).index_add_(0, block, grads[1].view(block.shape[0], -1))
+                by_v.flatten(1).index_add_(0, block, grads[2].view(block.shape[0], -1))
+            by_q.append(_sum_rows(part, groups.row, there.to(part.dtype)).mul_(scale).to(q.dtype))
+        return torch.cat(by_q).view(q.shape), work.untable(by_k, k), work.untable(by_v, v)
+
+
+class _Routed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q, k, v, chosen, tensors, text, block_size, scale):
+        ctx.set_materialize_grads(False)
+        out, lse, share = _forward(q, k, v, chosen, tensors, text, block_size, scale)
+        ctx.save_for_backward(q, k, v, chosen, out, share, *tensors)
+        ctx.how = (text, block_size, scale)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad, grad_lse):
+        q, k, v, chosen, out, share, *tensors = ctx.saved_tensors
+        if grad is None:
+            grad = torch.zeros_like(out)
+        by = _backward(q, k, v, chosen, tensors, out, share, grad, grad_lse, *ctx.how)
+        return *by, None, None, None, None, None
+
+
+# As in `engines.sparse`: operators while torch.compile traces, here also because the sizes of groups depend on data.
+
+
+@torch.library.custom_op("crosslight::routed", mutates_args=())
+def _routed_operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor,
+    tensors: list[Tensor],
+    text: str,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(q, k, v, chosen, tensors, text, block_size, scale)
+
+
+@_routed_operator.register_fake
+def _(q, k, v, chosen, tensors, text, block_size, scale):
+    dtype = tiles.working_dtype(q.dtype)
+    return (
+        q.new_empty(*q.shape[:3], v.shape[3]),
+        q.new_empty(q.shape[:3], dtype=dtype),
+        q.new_empty(chosen.shape, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("crosslight::routed_backward", mutates_args=())
+def _routed_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chosen: Tensor,
+    tensors: list[Tensor],
+    out: Tensor,
+    share: Tensor,
+    grad: Tensor,
+    grad_lse: Tensor,
+    text: str,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    by = _backward(q, k, v, chosen, tensors, out, share, grad, grad_lse, text, block_size, scale)
+    return by[0].contiguous(), by[1].contiguous(), by[2].contiguous()
+
+
+@_routed_backward.register_fake
+def _(q, k, v, chosen, tensors, out, share, grad, grad_lse, text, block_size, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, k, v, chosen, tensors, text, block_size, scale = inputs
+    ctx.save_for_backward(q, k, v, chosen, output[0], output[2], *tensors)
+    ctx.how = (text, block_size, scale)
+
+
+def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor, _share: Tensor) -> tuple:
+    q, k, v, chosen, out, share, *tensors = ctx.saved_tensors
+    by = _routed_backward(q, k, v, chosen, tensors, out, share, grad, grad_lse, *ctx.how)
+    return *by, None, [None] * len(tensors), None, None, None
+
+
+_routed_operator.register_autograd(_differentiate, setup_context=_keep)

@@ -1,0 +1,49 @@
+"""`crosslight compare` and `crosslight verify` as a user calls them."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def crosslight(*arguments, cwd):
+    code = "import torch; torch.set_num_threads(1); from crosslight.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    done = crosslight(
+        "compare", "--with", "mqa,slot-attention", "--task", "digits,copy", "--steps", "2", "--seeds", "1",
+        "--workers", "1", "--dim", "16", "--heads", "2", "--depth", "1", cwd=folder,
+    )  # fmt: skip
+    return folder, done
+
+
+def test_leaderboards_an_index_notes_and_a_report(first):
+    folder, done = first
+    assert done.returncode == 0, done.stderr
+    for text in ("noncausal-self · digits", "causal-cross · copy", "mean-pooling", "mqa", "compositional index"):
+        assert text in done.stdout
+    assert "note: slot-attention is not in digits" in done.stdout
+    assert (folder / "report.html").stat().st_size > 10_000
+    assert len((folder / "crosslight-runs" / "trials.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("compare", "--with", "sofmax"), "error: id: got 'sofmax', expected a registered id such as softmax"),
+        (("compare", "--table", "no.csv", "--target", "x"), "error: table: got no.csv, expected"),
+        (("compare", "--text", "no.txt"), "error: text: got no.txt, expected"),
+        (("compare", "--device", "warp"), "error: device: got 'warp', expected"),
+        (("verify",), "error: verify: got 0 of ID, --all and --changed, expected exactly one of them"),
+        (("verify", "mean-pooling"), "error: id: got 'mean-pooling', expected a card that declares evidence"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, message):
+    done = crosslight(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
