@@ -69,7 +69,7 @@ class HeadEmbeddingAttention(AttentionLayer):
         variant: Variant = "mul",
     ) -> None:
         expect(variant in get_args(Variant), "variant", repr(variant), f"one of {', '.join(get_args(Variant))}")
-        expect(heads > 0 and (head_dim or dim % heads == 0), "heads", heads, f"a divisor of dim = {dim}")
+        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "heads", heads, f"a divisor of dim = {dim}")
         d = head_dim or dim // heads
         super().__init__(Softmax(heads, d), dim, context_dim=context_dim, bias=bias, position=position)
         self.variant = variant

@@ -75,7 +75,7 @@ class MixtureOfHeads(AttentionLayer):
         shared: int | None = None,
         active: int | None = None,
     ) -> None:
-        expect(heads > 0 and (head_dim or dim % heads == 0), "heads", heads, f"a divisor of dim = {dim}")
+        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "heads", heads, f"a divisor of dim = {dim}")
         self_heads = Softmax(heads, head_dim or dim // heads)
         super().__init__(self_heads, dim, kv_heads=kv_heads, context_dim=context_dim, bias=bias, position=position)
         self.shared = heads // 2 if shared is None else shared

@@ -111,7 +111,7 @@ def window(bench: _Bench) -> Iterator[Figure]:
 def moba(bench: _Bench) -> Iterator[Figure]:
     setting = {"pattern": "causal-self", "level": "core"}
     taken = bench.times(
-        moba=bench.call("moba", 16 * K, {"block_size": 128, "top_k": 8}, **setting),
+        moba=bench.call(Entrant("moba", {"block_size": 128, "top_k": 8}), 16 * K, **setting),
         sdpa=bench.call("sdpa", 16 * K, **setting),
     )
     name = "dense causal SDPA over moba (block 128, top 8) at 16,384, forward + backward"

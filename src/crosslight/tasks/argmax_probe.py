@@ -34,7 +34,7 @@ class ArgmaxProbe(ArgmaxPosition):
     """Name the position of the largest of ``length`` numbers without positional embeddings; chance is 1 / length."""
 
     name = "argmax-probe"
-    pattern = "noncausal-self"
+    pattern = "noncausal-self"  # type: ignore[assignment]
     size = Size(dim=32, heads=4, depth=2)
     steps = 700
 

@@ -58,7 +58,7 @@ class DigitBags(Task):
     kind = "training"
     metric = "auc"
     size = Size(dim=32, heads=1, depth=1)
-    steps = 300
+    steps = 800  # until the bags are fitted: the term guards against what comes with that
     batch_size = 20
     lr = 2e-3
 

@@ -93,16 +93,17 @@ class PointerVqa(Task):
 
     def scores(self, model: nn.Module, inputs: tuple[Tensor, ...], answer: Tensor) -> Tensor:
         """(batch, objects): how much each image token is said to have mattered for the answer."""
-        if model.entrant.id == "none":
+        entrant: Entrant = model.entrant  # type: ignore[assignment]
+        if entrant.id == "none":
             with watch(model, where="*.ti") as seen:
                 model(*inputs)
             return list(seen)[-1][1].mean(1)[:, 0]
         names = {"t": ("text", "text"), "i": ("image", "image"), "ti": ("text", "image"), "it": ("image", "text")}
         explain = registry.create(
-            model.entrant.id,
+            entrant.id,
             stream="text",
             streams=lambda site, *_: names[site.name.rpartition(".")[2]],
-            **model.entrant.options,
+            **entrant.options,
         )
         reading = explain(model, inputs, lambda out: out.gather(1, answer[:, None]).squeeze(1))
         return reading.scores["image"]

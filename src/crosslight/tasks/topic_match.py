@@ -40,16 +40,9 @@ class _Scorer(nn.Module):
     def __init__(self, entrant: Entrant, size: Size, topics: int, context: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(topics * WORDS, size.dim)
-        nn.init.normal_(self.embed.weight, std=0.3)  # dot products are not scaled, so the states start small
+        nn.init.normal_(self.embed.weight, std=0.3)
         self.positions = Positions(context, size.dim)
-        self.encoders = nn.ModuleDict(
-            {
-                name: nn.Sequential(
-                    *(Block(None, size.dim, SelfAttention(size.dim, size.heads, False)) for _ in range(size.depth))
-                )
-                for name in ("context", "candidate")
-            }
-        )
+        self.encoders = nn.ModuleDict({name: self._encoder(size) for name in ("context", "candidate")})
         self.entrant = (
             _Mean()
             if entrant.id == "none"
@@ -57,6 +50,11 @@ class _Scorer(nn.Module):
                 entrant.id, **{"streams": {"context": size.dim, "candidate": size.dim}, **entrant.options}
             )
         )
+
+    @staticmethod
+    def _encoder(size: Size) -> nn.Module:
+        own = (SelfAttention(size.dim, size.heads, causal=False) for _ in range(size.depth))
+        return nn.Sequential(*(Block(None, size.dim, o) for o in own), nn.LayerNorm(size.dim))
 
     def forward(
         self, context: Int[Tensor, "batch n"], candidates: Int[Tensor, "*batch candidates m"]
@@ -76,7 +74,7 @@ class TopicMatch(Task):
     kind = "fusion"
     metric = "recall@1"
     size = Size(dim=16, heads=2, depth=1)
-    steps = 1000
+    steps = 600
     batch_size = 64
     lr = 1e-2
 

@@ -43,11 +43,15 @@ def mlp(dim: int, ratio: int = 2) -> nn.Sequential:
 
 
 class Positions(nn.Module):
-    """Adds a learned vector for each position."""
+    """Adds a learned vector for each position, which starts as the sinusoids of the Transformer: neighbours are then
+    found in few steps, also by mechanisms without positions of their own."""
 
     def __init__(self, length: int, dim: int) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.randn(length, dim))  # as large as the vectors of nn.Embedding
+        rate = 10_000.0 ** (-torch.arange(0, dim, 2) / dim)
+        angle = torch.arange(length)[:, None] * rate
+        waves = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :dim]
+        self.table = nn.Parameter(2**0.5 * waves)  # unit variance, as the vectors of nn.Embedding
 
     def forward(self, x: Stream) -> Stream:
         return x + self.table[: x.shape[1]]
