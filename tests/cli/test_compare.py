@@ -8,7 +8,9 @@ import pytest
 
 def crosslight(*arguments, cwd):
     code = "import torch; torch.set_num_threads(1); from crosslight.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, timeout=120
+    )
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from crosslight.attention.base import Mechanism
 from crosslight.errors import CrosslightError
 from crosslight.fusion.base import Fusion
 from crosslight.fusion.crossvit import CrossFusion
@@ -93,10 +94,23 @@ def test_examples_are_independent_and_copies_equal(make, options):
         torch.testing.assert_close(y[1:], alone[name])
 
 
-def test_any_mechanism_can_be_the_core():
-    block, streams = MultiSourceDecoder.sample(attention="softmax", attention_options={"kv_heads": 1})
+@pytest.mark.parametrize("make", [MultiSourceDecoder, CrossFusion])
+@pytest.mark.parametrize("core", ["agent-attention", "efficient-attention", "mhe"])
+def test_any_mechanism_can_be_the_core(make, core):
+    block, streams = sample(make, {"attention": core})
+    assert {m.card.id for m in block.modules() if isinstance(m, Mechanism)} == {core}
+    test_flow_is_what_the_gradients_say(make, {"attention": core})
+    for (asks, read), map in block.weights(streams).items():
+        n = 1 if make is CrossFusion else streams[asks].shape[1]
+        assert map.shape == (2, 2, n, streams[read].shape[1])
+
+
+def test_the_core_takes_its_options_and_must_have_the_pattern():
+    block, _ = MultiSourceDecoder.sample(attention="softmax", attention_options={"kv_heads": 1})
     assert block.attend[0].k.out_features == 8
-    assert block(streams)["decoder"].shape == (2, 5, 16)
+    message = "attention: got 'dual-triangle', expected a mechanism of kind token with noncausal-cross attention"
+    with pytest.raises(CrosslightError, match=message):
+        CrossFusion.sample(attention="dual-triangle")
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,14 @@ def test_multivariate_mode_takes_each_channel_in_turn():
         torch.testing.assert_close(forecast[..., channel], restated(model, series, series, channel))
 
 
+def test_any_mechanism_can_be_the_core():
+    model = tiny(attention="agent-attention", attention_options={"agents": 4})
+    series, exogenous = data(model)
+    exogenous.requires_grad_()
+    model(series, exogenous).sum().backward()
+    assert exogenous.grad.abs().amax((0, 1)).min() > 0
+
+
 def test_one_layer_lets_exogenous_series_reach_the_global_token_only():
     for depth, reached in ((1, False), (2, True)):
         model = tiny(depth=depth)

@@ -95,8 +95,9 @@ def test_language_holds_out_whole_files():
     from crosslight.tasks.language import library
 
     train, test = library()
-    held = [p for p in data.sources() if data.held_out(p)]
-    assert 0.02 < len(held) / len(data.sources()) < 0.25
+    held, kept = data.sources(True), data.sources(False)
+    assert not set(held) & set(kept)
+    assert 0.05 < len(held) / len(held + kept) < 0.2
     assert bytes(test.tolist()) == b"\n".join(p.read_bytes() for p in held)
     assert len(train) > 1_000_000
 

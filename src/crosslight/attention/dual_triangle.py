@@ -54,7 +54,6 @@ class DualTriangle(Core):
     """[down(q1, k1, v1) ; up(q2, k2, v2)]; q (batch, heads, n, d), k and v (batch, kv_heads, n, d), d even."""
 
     grouped = True
-    exempt = {"shapes_at_any_length": "two matrices a head: weights are (batch, 2 heads, n, n)"}
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__(heads, head_dim)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from crosslight.attention.base import Core
 from crosslight.cards import Card, Evidence
-from crosslight.engines import dense, masks, routed, sparse
+from crosslight.engines import dense, masks, routed
 from crosslight.engines.cache import KVCache
 from crosslight.errors import expect
 from crosslight.registry import register
@@ -67,7 +67,7 @@ CARD = Card(
 )
 
 #: Gate scores that are held at a time.
-CHUNK = 1 << 22
+CHUNK = 1 << 19
 
 
 @dataclass
@@ -92,11 +92,14 @@ class MoBA(Core):
 
     def means(self, k: Tensor, keep: Tensor | None) -> tuple[Float[Tensor, "batch kv_heads blocks dim"], Tensor]:
         """The mean key of each block, and which blocks have a key, (#batch, blocks)."""
-        keep = k.new_ones(1, k.shape[2], dtype=torch.bool) if keep is None else keep
         short = -k.shape[2] % self.block_size
-        held = F.pad(keep, (0, short)).unflatten(1, (-1, self.block_size))
-        count = held.sum(2)
-        sums = F.pad(k * keep[:, None, :, None].to(k.dtype), (0, 0, 0, short)).unflatten(2, (-1, self.block_size)).sum(3)
+        held = k.new_ones(1, k.shape[2], dtype=torch.bool) if keep is None else keep
+        if keep is not None:
+            k = k * keep[:, None, :, None].to(k.dtype)
+        if short:
+            k, held = F.pad(k, (0, 0, 0, short)), F.pad(held, (0, short))
+        count = held.unflatten(1, (-1, self.block_size)).sum(2)
+        sums = k.unflatten(2, (-1, self.block_size)).sum(3)
         return sums / count.clamp(min=1)[:, None, :, None].to(k.dtype), count > 0
 
     @torch.no_grad()
@@ -113,13 +116,14 @@ class MoBA(Core):
         rows = max(1, CHUNK // (q.shape[0] * q.shape[1] * blocks))
         parts = []
         for start in range(0, n, rows):
-            scores = q[:, :, start : start + rows].to(wide) @ means
-            allowed = held[:, None, None, :]
-            if causal:
-                i = torch.arange(offset + start, offset + start + scores.shape[2], device=q.device)
-                own = i[:, None] // self.block_size
-                allowed = allowed & (torch.arange(blocks, device=q.device) < own)
-            best = scores.masked_fill(~allowed, -math.inf).topk(count, -1, sorted=False)
+            piece, allowed, width = q[:, :, start : start + rows], held[:, None, None, :], blocks
+            if causal:  # blocks that are complete before the own one
+                i = torch.arange(offset + start, offset + start + piece.shape[2], device=q.device)
+                width = min(blocks, max(count, (offset + start + piece.shape[2] - 1) // self.block_size))
+                past = torch.arange(width, device=q.device) < i[:, None] // self.block_size
+                allowed = allowed[..., :width] & past
+            scores = (piece.to(wide) @ means[..., :width]).masked_fill(~allowed, -math.inf)
+            best = scores.topk(count, -1, sorted=False)
             parts.append(best.indices.masked_fill(best.values == -math.inf, -1))
         return torch.cat(parts, 2)
 
@@ -127,11 +131,8 @@ class MoBA(Core):
         chosen = self.choose(q, *self.means(k, masks.split(mask)[1]), causal)
         if not causal:
             return routed.attend(q, k, v, chosen, self.block_size, mask=mask)[0]
-        own = masks.join(masks.same_block(self.block_size), mask)
-        parts = [sparse.attend_with_lse(q, k, v, mask=own, causal=True)]
-        if chosen.shape[3]:
-            parts.append(routed.attend(q, k, v, chosen, self.block_size, mask=mask))
-        return sparse.merge(parts)[0]
+        own = masks.join(masks.causal() & masks.same_block(self.block_size), mask)
+        return routed.attend(q, k, v, chosen, self.block_size, mask=mask, always=own)[0]
 
     def weights(self, q, k, *, mask=None, causal=False):
         chosen = self.choose(q, *self.means(k, masks.split(mask)[1]), causal)

@@ -16,11 +16,12 @@ leaves the first two layers and the last alone (`where`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from crosslight import registry
 from crosslight.cards import Card, Evidence
 from crosslight.errors import CrosslightError, expect
 from crosslight.hosts import Call, Site, sites
@@ -38,7 +39,6 @@ CARD = Card(
     paper="2503.03321",
     code="seilk/VisAttnSink",
     summary="Moves attention from image sink tokens to the rest of the image, in the heads that look at the image.",
-    small={"image": (1, 4), "dims": (0,), "tau": 1.5},
     checked="row sums, untouched rows bit for bit, kept ratios, planted massive dimensions",
     evidence=Evidence(
         claim="with a planted sink that draws attention, the edit raises the accuracy of answers about the image",
@@ -80,15 +80,25 @@ class VisualAttentionRedistribution:
         self.tau, self.rho, self.min_image_mass, self.p, self.strength = tau, rho, min_image_mass, p, strength
         self._seen: dict[str, Bool[Tensor, "batch m"]] = {}
 
+    @classmethod
+    def sample(cls, **options: Any) -> tuple[VisualAttentionRedistribution, dict[str, Any]]:
+        """An instance, and a model with inputs in which image token 2 is a sink, for the conformance suite."""
+        x = torch.randn(2, 8, 16).clamp(-2, 2)
+        x[:, 2, 0] = 60.0
+        model = nn.Sequential(registry.create("softmax", dim=16, heads=2)).eval()
+        known = {"image": (1, 6), "dims": (0,), "tau": 3.5, "rho": 1.0, "min_image_mass": 0.0}
+        return cls(**{**known, **options}), {"model": model, "inputs": x}
+
     def where(self, model: nn.Module) -> Callable[[Site], bool]:
         """The layers that the paper edits: all but the first two and the last."""
         names = [site.name for site in sites(model) if site.stream == "self"]
-        expect(len(names) > 3, "model", f"{len(names)} self-attention layers", "more than 3: two first and one last stay")
+        expect(len(names) > 3, "model", f"{len(names)} self-attention layers", "more than 3, of which 3 are left alone")
         return lambda site: site.name in names[2:-1]
 
     def sinks(self, hidden: Float[Tensor, "batch n dim"]) -> Bool[Tensor, "batch n"]:
         """Which tokens are sinks, from the layer's input."""
-        expect(max(self.dims) < hidden.shape[-1], "dims", self.dims, f"dimensions of the layer's width {hidden.shape[-1]}")
+        width = hidden.shape[-1]
+        expect(max(self.dims) < width, "dims", self.dims, f"dimensions of a layer of width {width}")
         rms = hidden.float().square().mean(-1).sqrt().clamp(min=1e-12)
         return hidden[..., list(self.dims)].abs().amax(-1).float() / rms > self.tau
 
@@ -126,7 +136,8 @@ class VisualAttentionRedistribution:
         if new.shape[1] != m:
             before = self._seen.get(site)
             known = before is not None and before.shape[1] + new.shape[1] == m and before.shape[0] == new.shape[0]
-            expect(known, "model", f"{new.shape[1]} tokens before {m} keys", "the whole sequence first, then its next tokens")
+            got = f"{new.shape[1]} tokens before {m} keys"
+            expect(known, "model", got, "the whole sequence first, then its next tokens")
             assert before is not None
             new = torch.cat([before, new], 1)
         self._seen[site] = new

@@ -32,10 +32,19 @@ if TYPE_CHECKING:
 
 #: Numbers that the parts of the queries may take before they are joined; above it heads are taken in turns.
 BUFFER = 1 << 24
+_NONE = masks.pack(None)[0]
 
 
 def attend(
-    q: Query, k: Key, v: Value, chosen: Chosen, block_size: int, *, mask: Mask | None = None, scale: float | None = None
+    q: Query,
+    k: Key,
+    v: Value,
+    chosen: Chosen,
+    block_size: int,
+    *,
+    mask: Mask | None = None,
+    always: Mask | None = None,
+    scale: float | None = None,
 ) -> tuple[Out, LSE]:
     """softmax(q k^T * scale) v over the keys of the chosen blocks, and the log-sum-exp for `sparse.merge`.
 
@@ -44,6 +53,7 @@ def attend(
             multiple of kv_heads.
         chosen: numbers of blocks of ``block_size`` keys, different ones for a query; -1 for none. No gradient.
         mask: of the keys in the chosen blocks, those that may be read.
+        always: keys that are read whatever was chosen. They must not lie in a block that the query chose.
         scale: 1/sqrt(dim) unless given.
 
     Returns:
@@ -52,11 +62,12 @@ def attend(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if forced() == "reference":
         rule = masks.join(masks.Pairs(visible(chosen, block_size, k.shape[2])), mask)
-        return sparse.attend_with_lse(q, k, v, mask=rule, scale=scale)
+        return sparse.attend_with_lse(q, k, v, mask=rule if always is None else rule | always, scale=scale)
     # Once here, and not in every pass.
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     text, tensors = masks.pack(mask)
-    arguments = (q, k, v, chosen.detach(), tensors, text, block_size, scale)
+    text_always, tensors_always = masks.pack(always)
+    arguments = (q, k, v, chosen, tensors, tensors_always, text, text_always, block_size, scale)
     if torch.compiler.is_compiling():
         return _routed_operator(*arguments)[:2]
     return _Routed.apply(*arguments)
@@ -88,7 +99,8 @@ class _Groups:
 def _group(chosen: Int[Tensor, "heads n choices"], blocks: int) -> _Groups:
     heads, n, choices = chosen.shape
     device = chosen.device
-    size = min(128, max(16, 1 << (n * choices // max(1, blocks)).bit_length()))
+    # About half of the middle group, so that little of its last tile is empty.
+    size = min(256, max(16, 1 << (n * choices // blocks).bit_length() >> 2))
     nowhere = heads * blocks
     group = chosen + torch.arange(heads, device=device).view(-1, 1, 1) * blocks
     group = group.masked_fill(chosen < 0, nowhere).flatten().int()
@@ -177,48 +189,51 @@ def _forward(
     v: Tensor,
     chosen: Tensor,
     tensors: list[Tensor],
+    tensors_always: list[Tensor],
     text: str,
+    text_always: str,
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp, and the share of each choice in them."""
+    """Output, log-sum-exp, and the share in them of ``always`` and of each choice, (batch, heads, n, 1 + choices)."""
     with torch.autocast(q.device.type, enabled=False):
         work = _Work(q, k, chosen, text, tensors, block_size)
-        flat_q, table_k, table_v = (q * scale).flatten(0, 1), work.table(k), work.table(v)
-        outs, lses, shares = [], [], []
+        q = q * scale
+        if text_always == _NONE:
+            out = q.new_zeros(*q.shape[:3], v.shape[3])
+            lse = q.new_full(q.shape[:3], -math.inf, dtype=work.dtype)
+        else:
+            out, lse = sparse.forward(q, k, v, tensors_always, text_always, 1.0, True)
+        share = lse.new_empty(*q.shape[:3], 1 + chosen.shape[3])
+        flat_q, table_k, table_v = q.flatten(0, 1), work.table(k), work.table(v)
         part = flat_q.new_empty(0, v.shape[3], dtype=work.dtype)
         for first, stop, groups in work.turns(v.shape[3]):
-            here_q = flat_q[first:stop].reshape(-1, q.shape[3])
-            places, rows = groups.query.numel(), groups.query.shape[1]
-            part = _buffer(part, places, v.shape[3])
-            part_lse = part.new_empty(places)
+            here_q, rows = flat_q[first:stop].reshape(-1, q.shape[3]), groups.query.shape[1]
+            part = _buffer(part, groups.query.numel(), v.shape[3])
+            part_lse = part.new_full((groups.query.numel() + 1,), -math.inf)  # the last is that of the choice -1
             for here, query, block, hidden in work.chunks(first, groups):
                 filled = slice(here.start * rows, here.start * rows + query.shape[0])
-                _, lse = tiles.forward(
+                _, row_lse = tiles.forward(
                     here_q.index_select(0, query).to(work.dtype).view(1, -1, 1, rows, q.shape[3]),
                     table_k.index_select(0, block).to(work.dtype)[None],
                     table_v.index_select(0, block).to(work.dtype)[None],
                     hidden,
                     into=part[filled].view(-1, rows, v.shape[3]),
                 )
-                assert lse is not None
-                part_lse[filled] = lse.flatten()
-            if places:
-                parts = part_lse[groups.row.clamp(min=0)].masked_fill(groups.row < 0, -math.inf)
-            else:
-                parts = part_lse.new_full(groups.row.shape, -math.inf)
+                assert row_lse is not None
+                part_lse[filled] = row_lse.flatten()
+            here_out, here_lse = out.flatten(0, 1)[first:stop], lse.flatten(0, 1)[first:stop]
+            parts = torch.cat([here_lse.flatten()[:, None], part_lse[groups.row]], 1)
             top = parts.amax(1, keepdim=True)
-            share = (parts - top.masked_fill(top == -math.inf, 0.0)).exp_()
-            total = share.sum(1, keepdim=True)
-            share = share / total.masked_fill(total == 0, 1.0)
-            outs.append(_sum_rows(part, groups.row, share).to(q.dtype))
-            lses.append((top + total.log()).flatten())  # -inf + log(0) where there is nothing
-            shares.append(share)
-        return (
-            torch.cat(outs).view(*q.shape[:3], v.shape[3]),
-            torch.cat(lses).view(q.shape[:3]),
-            torch.cat(shares).view(chosen.shape),
-        )
+            shares = (parts - top.masked_fill(top == -math.inf, 0.0)).exp_()
+            total = shares.sum(1, keepdim=True)
+            shares = shares / total.masked_fill(total == 0, 1.0)
+            joined = _sum_rows(part, groups.row, shares[:, 1:].contiguous())
+            joined.addcmul_(here_out.flatten(0, 1).to(work.dtype), shares[:, :1])
+            here_out.copy_(joined.view_as(here_out))
+            here_lse.copy_((top + total.log()).view_as(here_lse))  # -inf + log(0) where there is nothing
+            share.flatten(0, 1)[first:stop] = shares.view(stop - first, *share.shape[2:])
+        return out, lse, share
 
 
 def _backward(
@@ -227,24 +242,27 @@ def _backward(
     v: Tensor,
     chosen: Tensor,
     tensors: list[Tensor],
-    out: Tensor,
+    tensors_always: list[Tensor],
     share: Tensor,
     grad: Tensor,
-    grad_lse: Tensor | None,
+    delta: Tensor,
     text: str,
+    text_always: str,
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         work = _Work(q, k, chosen, text, tensors, block_size)
-        flat_q, flat_grad, table_k, table_v = (q * scale).flatten(0, 1), grad.flatten(0, 1), work.table(k), work.table(v)
-        delta = torch.linalg.vecdot(grad.to(work.dtype), out.to(work.dtype))
-        if grad_lse is not None:
-            delta = delta - grad_lse
-        delta, flat_share = delta.flatten(0, 1), share.flatten(0, 1)
-        by_k = torch.zeros_like(table_k, dtype=work.dtype)
-        by_v = torch.zeros_like(table_v, dtype=work.dtype)
-        by_q = []
+        q = q * scale
+        if text_always == _NONE:
+            by_q, by_k, by_v = (torch.zeros_like(x, dtype=work.dtype) for x in (q, k, v))
+        else:
+            own_grad, own_delta = grad * share[..., :1].to(grad.dtype), delta * share[..., 0]
+            by = sparse.backward(q, k, v, tensors_always, own_grad, own_delta, text_always, 1.0)
+            by_q, by_k, by_v = (x.to(work.dtype) for x in by)
+        # The sums of both ways of reading gather in the same place.
+        flat_q, flat_grad, table_k, table_v = q.flatten(0, 1), grad.flatten(0, 1), work.table(k), work.table(v)
+        delta, flat_share, table_by_k, table_by_v = delta.flatten(0, 1), share.flatten(0, 1), work.table(by_k), work.table(by_v)
         part = flat_q.new_empty(0, q.shape[3], dtype=work.dtype)
         for first, stop, groups in work.turns(q.shape[3]):
             here_q = flat_q[first:stop].reshape(-1, q.shape[3])
@@ -252,34 +270,34 @@ def _backward(
             here_delta, rows = delta[first:stop].flatten(), groups.query.shape[1]
             part = _buffer(part, groups.query.numel(), q.shape[3])
             # What the softmax of a tile must be multiplied with to become that of the whole row.
-            weight = part.new_zeros(groups.query.numel())
-            there = groups.row >= 0
-            weight[groups.row[there]] = flat_share[first:stop].reshape(groups.row.shape)[there]
+            weight = part.new_zeros(groups.query.numel() + 1)
+            weight[groups.row] = flat_share[first:stop, :, 1:].reshape(groups.row.shape)
             for here, query, block, hidden in work.chunks(first, groups):
                 filled = slice(here.start * rows, here.start * rows + query.shape[0])
                 w = weight[filled]
-                grads = tiles.backward(
+                _, grad_k, grad_v = tiles.backward(
                     here_q.index_select(0, query).to(work.dtype).view(1, -1, 1, rows, q.shape[3]),
                     table_k.index_select(0, block).to(work.dtype)[None],
                     table_v.index_select(0, block).to(work.dtype)[None],
                     hidden,
                     (here_grad.index_select(0, query) * w[:, None]).view(1, -1, 1, rows, v.shape[3]),
-                    (here_delta[query] * w).view(1, -1, 1, rows),
+                    (here_delta.index_select(0, query) * w).view(1, -1, 1, rows),
                     into=part[filled].view(-1, rows, q.shape[3]),
                 )
-                by_k.flatten(1).index_add_(0, block, grads[1].view(block.shape[0], -1))
-                by_v.flatten(1).index_add_(0, block, grads[2].view(block.shape[0], -1))
-            by_q.append(_sum_rows(part, groups.row, there.to(part.dtype)).mul_(scale).to(q.dtype))
-        return torch.cat(by_q).view(q.shape), work.untable(by_k, k), work.untable(by_v, v)
+                table_by_k.flatten(1).index_add_(0, block, grad_k.view(block.shape[0], -1))
+                table_by_v.flatten(1).index_add_(0, block, grad_v.view(block.shape[0], -1))
+            here_by = by_q.flatten(0, 1)[first:stop]
+            here_by += _sum_rows(part, groups.row, (groups.row >= 0).to(part.dtype)).view_as(here_by)
+        return by_q.mul_(scale).to(q.dtype), work.untable(table_by_k, k), work.untable(table_by_v, v)
 
 
 class _Routed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q, k, v, chosen, tensors, text, block_size, scale):
+    def forward(ctx: Any, q, k, v, chosen, tensors, tensors_always, *how):
         ctx.set_materialize_grads(False)
-        out, lse, share = _forward(q, k, v, chosen, tensors, text, block_size, scale)
-        ctx.save_for_backward(q, k, v, chosen, out, share, *tensors)
-        ctx.how = (text, block_size, scale)
+        out, lse, share = _forward(q, k, v, chosen, tensors, tensors_always, *how)
+        ctx.save_for_backward(q, k, v, chosen, out, share, *tensors, *tensors_always)
+        ctx.how, ctx.split = how, len(tensors)
         return out, lse
 
     @staticmethod
@@ -288,8 +306,10 @@ class _Routed(torch.autograd.Function):
         q, k, v, chosen, out, share, *tensors = ctx.saved_tensors
         if grad is None:
             grad = torch.zeros_like(out)
-        by = _backward(q, k, v, chosen, tensors, out, share, grad, grad_lse, *ctx.how)
-        return *by, None, None, None, None, None
+        tensors, always = tensors[: ctx.split], tensors[ctx.split :]
+        delta = sparse.delta_of(grad, out, grad_lse)
+        by = _backward(q, k, v, chosen, tensors, always, share, grad, delta, *ctx.how)
+        return *by, *[None] * 7
 
 
 # As in `engines.sparse`: operators while torch.compile traces, here also because the sizes of groups depend on data.
@@ -302,20 +322,22 @@ def _routed_operator(
     v: Tensor,
     chosen: Tensor,
     tensors: list[Tensor],
+    tensors_always: list[Tensor],
     text: str,
+    text_always: str,
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(q, k, v, chosen, tensors, text, block_size, scale)
+    return _forward(q, k, v, chosen, tensors, tensors_always, text, text_always, block_size, scale)
 
 
 @_routed_operator.register_fake
-def _(q, k, v, chosen, tensors, text, block_size, scale):
+def _(q, k, v, chosen, tensors, tensors_always, text, text_always, block_size, scale):
     dtype = tiles.working_dtype(q.dtype)
     return (
         q.new_empty(*q.shape[:3], v.shape[3]),
         q.new_empty(q.shape[:3], dtype=dtype),
-        q.new_empty(chosen.shape, dtype=dtype),
+        q.new_empty(*q.shape[:3], 1 + chosen.shape[3], dtype=dtype),
     )
 
 
@@ -326,33 +348,36 @@ def _routed_backward(
     v: Tensor,
     chosen: Tensor,
     tensors: list[Tensor],
-    out: Tensor,
+    tensors_always: list[Tensor],
     share: Tensor,
     grad: Tensor,
-    grad_lse: Tensor,
+    delta: Tensor,
     text: str,
+    text_always: str,
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    by = _backward(q, k, v, chosen, tensors, out, share, grad, grad_lse, text, block_size, scale)
+    by = _backward(q, k, v, chosen, tensors, tensors_always, share, grad, delta, text, text_always, block_size, scale)
     return by[0].contiguous(), by[1].contiguous(), by[2].contiguous()
 
 
 @_routed_backward.register_fake
-def _(q, k, v, chosen, tensors, out, share, grad, grad_lse, text, block_size, scale):
+def _(q, k, v, chosen, tensors, tensors_always, share, grad, delta, text, text_always, block_size, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, chosen, tensors, text, block_size, scale = inputs
-    ctx.save_for_backward(q, k, v, chosen, output[0], output[2], *tensors)
-    ctx.how = (text, block_size, scale)
+    q, k, v, chosen, tensors, tensors_always, *how = inputs
+    ctx.save_for_backward(q, k, v, chosen, output[0], output[2], *tensors, *tensors_always)
+    ctx.how, ctx.split, ctx.count = how, len(tensors), len(tensors_always)
 
 
 def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor, _share: Tensor) -> tuple:
     q, k, v, chosen, out, share, *tensors = ctx.saved_tensors
-    by = _routed_backward(q, k, v, chosen, tensors, out, share, grad, grad_lse, *ctx.how)
-    return *by, None, [None] * len(tensors), None, None, None
+    tensors, always = tensors[: ctx.split], tensors[ctx.split :]
+    delta = sparse.delta_of(grad, out, grad_lse)
+    by = _routed_backward(q, k, v, chosen, tensors, always, share, grad, delta, *ctx.how)
+    return *by, None, [None] * ctx.split, [None] * ctx.count, None, None, None, None
 
 
 _routed_operator.register_autograd(_differentiate, setup_context=_keep)

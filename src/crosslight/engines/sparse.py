@@ -213,12 +213,12 @@ class _Work:
         return tiles.Hidden.of(seen & there, self.dtype)
 
 
-def _forward(
+def forward(
     q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], text: str, scale: float, want_lse: bool
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         work = _Work(q, k, text, tensors)
-        flat_q, flat_k, flat_v = work.flat(q * scale), work.flat(k, work.plan.unit), work.flat(v, work.plan.unit)
+        flat_q, flat_k, flat_v = work.flat(q if scale == 1 else q * scale), work.flat(k, work.plan.unit), work.flat(v, work.plan.unit)
         out = flat_q.new_zeros(*flat_q.shape[:2], v.shape[3], dtype=work.dtype)
         # The log-sum-exp, and whether there is one: rows outside of the plan have none.
         stats = flat_q.new_zeros(*flat_q.shape[:2], 2 if want_lse else 0, dtype=work.dtype)
@@ -236,25 +236,20 @@ def _forward(
         return out, lse.masked_fill(some == 0, -math.inf)
 
 
-def _backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tensors: list[Tensor],
-    out: Tensor,
-    grad: Tensor,
-    grad_lse: Tensor | None,
-    text: str,
-    scale: float,
+def delta_of(grad: Tensor, out: Tensor, grad_lse: Tensor | None) -> LSE:
+    """What each row subtracts in the gradient of its softmax, see `tiles.backward`."""
+    dtype = tiles.working_dtype(out.dtype)
+    delta = torch.linalg.vecdot(grad.to(dtype), out.to(dtype))
+    return delta if grad_lse is None else delta - grad_lse
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], grad: Tensor, delta: Tensor, text: str, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         work = _Work(q, k, text, tensors)
-        flat_q, flat_k, flat_v = work.flat(q * scale), work.flat(k, work.plan.unit), work.flat(v, work.plan.unit)
-        flat_grad = work.flat(grad)
-        delta = torch.linalg.vecdot(grad.to(work.dtype), out.to(work.dtype))
-        if grad_lse is not None:
-            delta = delta - grad_lse
-        delta = delta.flatten(0, 1)[..., None]
+        flat_q, flat_k = work.flat(q if scale == 1 else q * scale), work.flat(k, work.plan.unit)
+        flat_v, flat_grad, delta = work.flat(v, work.plan.unit), work.flat(grad), delta.flatten(0, 1)[..., None]
         grad_q, grad_k, grad_v = work.zeros(flat_q), work.zeros(flat_k), work.zeros(flat_v)
         for part, chunk, hidden in work:
             args = (work.queries(part, flat_q, chunk), work.keys(part, flat_k, chunk), work.keys(part, flat_v, chunk))
@@ -265,7 +260,7 @@ def _backward(
             work.add_keys(part, grad_v, chunk, by_v)
         m = k.shape[2]
         return (
-            grad_q.mul_(scale).unflatten(0, q.shape[:2]).to(q.dtype),
+            (grad_q if scale == 1 else grad_q.mul_(scale)).unflatten(0, q.shape[:2]).to(q.dtype),
             grad_k[:, :m].unflatten(0, k.shape[:2]).to(k.dtype),
             grad_v[:, :m].unflatten(0, v.shape[:2]).to(v.dtype),
         )
@@ -275,7 +270,7 @@ class _Planned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, tensors, text, scale, want_lse):
         ctx.set_materialize_grads(False)
-        out, lse = _forward(q, k, v, tensors, text, scale, want_lse)
+        out, lse = forward(q, k, v, tensors, text, scale, want_lse)
         ctx.save_for_backward(q, k, v, out, *tensors)
         ctx.text, ctx.scale = text, scale
         if not want_lse:
@@ -288,7 +283,8 @@ class _Planned(torch.autograd.Function):
         q, k, v, out, *tensors = ctx.saved_tensors
         if grad is None:
             grad = torch.zeros_like(out)
-        return *_backward(q, k, v, tensors, out, grad, grad_lse, ctx.text, ctx.scale), None, None, None, None
+        delta = delta_of(grad, out, grad_lse)
+        return *backward(q, k, v, tensors, grad, delta, ctx.text, ctx.scale), None, None, None, None
 
 
 # While torch.compile traces, the same two functions are operators, so that a graph holds one node for all chunks.
@@ -298,7 +294,7 @@ class _Planned(torch.autograd.Function):
 def _planned_operator(
     q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], text: str, scale: float, want_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    return _forward(q, k, v, tensors, text, scale, want_lse)
+    return forward(q, k, v, tensors, text, scale, want_lse)
 
 
 @_planned_operator.register_fake
@@ -313,18 +309,17 @@ def _planned_backward(
     k: Tensor,
     v: Tensor,
     tensors: list[Tensor],
-    out: Tensor,
     grad: Tensor,
-    grad_lse: Tensor | None,
+    delta: Tensor,
     text: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    by_q, by_k, by_v = _backward(q, k, v, tensors, out, grad, grad_lse, text, scale)
+    by_q, by_k, by_v = backward(q, k, v, tensors, grad, delta, text, scale)
     return by_q.contiguous(), by_k.contiguous(), by_v.contiguous()
 
 
 @_planned_backward.register_fake
-def _(q, k, v, tensors, out, grad, grad_lse, text, scale):
+def _(q, k, v, tensors, grad, delta, text, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -336,8 +331,8 @@ def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple:
     q, k, v, out, *tensors = ctx.saved_tensors
-    by_lse = grad_lse if ctx.want_lse else None
-    by = _planned_backward(q, k, v, tensors, out, grad, by_lse, ctx.text, ctx.scale)
+    delta = delta_of(grad, out, grad_lse if ctx.want_lse else None)
+    by = _planned_backward(q, k, v, tensors, grad, delta, ctx.text, ctx.scale)
     return *by, [None] * len(tensors), None, None, None
 
 

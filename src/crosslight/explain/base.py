@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from crosslight import registry
 from crosslight.errors import require
 
 if TYPE_CHECKING:
@@ -56,3 +58,9 @@ def run(model: nn.Module, inputs: Any) -> Any:
 
 
 Target = Callable[[Any], Tensor]
+
+
+def small_host() -> tuple[nn.Module, Tensor]:
+    """Two attention layers of our own and an input, for the samples of rows."""
+    layers = (registry.create("softmax", dim=16, heads=2) for _ in range(2))
+    return nn.Sequential(*layers).eval(), torch.randn(2, 5, 16)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from crosslight.cards import Card, Evidence
 from crosslight.errors import CrosslightError, expect
-from crosslight.explain.base import Reading, Target, run
+from crosslight.explain.base import Reading, Target, run, small_host
 from crosslight.hosts import Site, watch
 from crosslight.hosts.base import Where
 from crosslight.registry import register
@@ -45,7 +45,7 @@ CARD = Card(
     checked="the closed product of one stream, the rules written out for two streams and for encoder-decoder, limits",
     differs="Where R - I has a row of zeros its normalisation is 0 / 0; here the row stays zero.",
     evidence=Evidence(
-        claim="dropping the tokens of highest relevance lowers accuracy faster than dropping those of highest attention",
+        claim="dropping the tokens of highest relevance lowers accuracy more than those of highest attention",
         task="pointer-vqa",
         metric="drop",
         margin=0.02,
@@ -73,6 +73,12 @@ class Relevance:
         self, token: int = 0, stream: str | None = None, streams: Streams | None = None, where: Where = None
     ) -> None:
         self.token, self.stream, self.streams, self.where = token, stream, streams, where
+
+    @classmethod
+    def sample(cls, **options: Any) -> tuple[Relevance, dict[str, Any]]:
+        """An instance and inputs for it, for the conformance suite."""
+        model, inputs = small_host()
+        return cls(**options), {"model": model, "inputs": inputs, "target": lambda out: out[:, 0].sum(-1)}
 
     def __call__(self, model: nn.Module, inputs: Any, target: Target) -> Reading:
         """Explain.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from crosslight.attention.base import AttentionLayer
 from crosslight.cards import Card, Evidence
 from crosslight.errors import expect
-from crosslight.explain.base import Reading
+from crosslight.explain.base import Reading, small_host
 from crosslight.hosts import Call, sites, steer
 from crosslight.hosts.base import Where
 from crosslight.registry import register
@@ -75,6 +75,12 @@ class HeadImportance:
 
     def __init__(self, normalise: bool = True, where: Where = None) -> None:
         self.normalise, self.where = normalise, where
+
+    @classmethod
+    def sample(cls, **options: Any) -> tuple[HeadImportance, dict[str, Any]]:
+        """An instance and inputs for it, for the conformance suite."""
+        model, inputs = small_host()
+        return cls(**options), {"model": model, "batches": [inputs], "loss": lambda m, x: m(x).square().sum((1, 2))}
 
     def __call__(
         self, model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]

@@ -13,7 +13,7 @@ test time and works with any pooling that shows its attention, with several head
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ CARD = Card(
     year=2024,
     paper="2406.15303",
     code="dazhangyu123/AEM",
+    cost="n",
     summary="Adds the negative entropy of attention to the loss, so that pooling spreads over more instances.",
     checked="the closed gradient a (log a + H), uniform limit, and bitwise equality with cross-entropy at weight 0",
     evidence=Evidence(
@@ -61,6 +62,13 @@ class AttentionEntropyMaximization(nn.Module):
         super().__init__()
         expect(weight >= 0, "weight", weight, "a number >= 0")
         self.weight, self.normalise = weight, normalise
+
+    @classmethod
+    def sample(cls, **options: Any) -> tuple[AttentionEntropyMaximization, dict[str, Tensor]]:
+        """An instance and inputs for it, for the conformance suite."""
+        attention = torch.rand(4, 6).softmax(-1)
+        inputs = {"logits": torch.randn(4, 3), "target": torch.tensor([0, 2, 1, 1]), "attention": attention}
+        return cls(**options), inputs
 
     def forward(
         self,

@@ -35,14 +35,18 @@ def windows(stream: Tensor, starts: Tensor, length: int) -> Tensor:
     return stream[starts[:, None] + torch.arange(length)]
 
 
-def held_out(path: Path) -> bool:
-    """One file in ten, chosen by its name, so that the split is the same on every machine and in every version."""
-    return zlib.crc32(path.name.encode()) % 10 == 0
+#: Parts of the standard library that are tests, applications or copies of other projects.
+LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "distutils"}
 
 
 @cache
-def sources() -> tuple[Path, ...]:
-    """The top-level modules of the running Python's standard library, sorted by name."""
-    found = tuple(sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")))
-    expect(len(found) > 20, "standard library", f"{len(found)} source files", "the .py sources of the running Python")
-    return found
+def sources(held_out: bool) -> tuple[Path, ...]:
+    """Source files of the running Python's standard library, sorted by name.
+
+    One in ten is held out, chosen by its name, so that the split is the same on every machine.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    names = sorted(path.relative_to(root) for path in root.rglob("*.py"))
+    names = [name for name in names if not LEFT_OUT & set(name.parts)]
+    expect(len(names) > 100, "standard library", f"{len(names)} source files", "the .py sources of the running Python")
+    return tuple(root / name for name in names if (zlib.crc32(name.as_posix().encode()) % 10 == 0) == held_out)

@@ -26,9 +26,7 @@ PAD, START, END = 0, 1, 2
 def pairs(held_out: bool) -> tuple[tuple[str, str], ...]:
     """(docstring, name) of every documented function, without repetition, in the order of the sources."""
     found: dict[tuple[str, str], None] = {}
-    for path in data.sources():
-        if data.held_out(path) != held_out:
-            continue
+    for path in data.sources(held_out):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
             tree = ast.parse(path.read_bytes())
@@ -56,9 +54,9 @@ class Spelling(Task):
     metric = "bits_per_char"
     higher_is_better = False
     size = Size(dim=64, heads=4, depth=2)
-    steps = 400
+    steps = 300
     batch_size = 32
-    lr = 3e-3
+    lr = 5e-3
 
     def __init__(self, source: int = 64, target: int = 24) -> None:
         self.source, self.target = source, target

@@ -26,7 +26,7 @@ class Text(ByteModel):
 
     name = "text"
 
-    def __init__(self, file: str, length: int = 128) -> None:
+    def __init__(self, file: str, length: int = 64) -> None:
         super().__init__(length)
         self.file = str(file)
         size = len(read(self.file))

@@ -177,13 +177,26 @@ class Reader(nn.Module):
         return self.head(self.trunk(x, context))
 
 
+class Neighbours(nn.Module):
+    """x + GELU(convolution over neighbouring tokens): letters become parts of words before anything is attended to."""
+
+    def __init__(self, dim: int, kernel: int, causal: bool) -> None:
+        super().__init__()
+        self.padding = (kernel - 1, 0) if causal else ((kernel - 1) // 2, kernel // 2)
+        self.conv = nn.Conv1d(dim, dim, kernel)
+
+    def forward(self, x: Stream) -> Stream:
+        return x + F.gelu(self.conv(F.pad(x.transpose(1, 2), self.padding)).transpose(1, 2))
+
+
 class EncoderDecoder(nn.Module):
-    """Source tokens through one block of the trunk's own self-attention; the decoder reads them through the entrant
-    (causal cross)."""
+    """Source tokens through a convolution and one block of the trunk's own self-attention; the decoder reads them
+    through the entrant (causal cross)."""
 
     def __init__(self, entrant: Entrant, size: Size, vocab: int, source: int, target: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab, size.dim)
+        self.around, self.before = Neighbours(size.dim, 5, causal=False), Neighbours(size.dim, 3, causal=True)
         self.positions = Positions(source, size.dim)
         self.encoder = Block(None, size.dim, SelfAttention(size.dim, size.heads, causal=False))
         self.norm = nn.LayerNorm(size.dim)
@@ -193,5 +206,5 @@ class EncoderDecoder(nn.Module):
     def forward(
         self, source: Tensor, target: Tensor, mask: Bool[Tensor, "batch m"] | None = None
     ) -> Float[Tensor, "batch n vocab"]:
-        context = self.norm(self.encoder(self.positions(self.embed(source)), own_mask=mask))
-        return self.head(self.decoder(self.embed(target), context, mask=mask))
+        context = self.norm(self.encoder(self.positions(self.around(self.embed(source))), own_mask=mask))
+        return self.head(self.decoder(self.before(self.embed(target)), context, mask=mask))
