@@ -148,18 +148,18 @@ def test_bench_writes_figures_and_chart(run, tmp_path):
     pytest.importorskip("jinja2")
     figures, chart = tmp_path / "bench.json", tmp_path / "bench.html"
     code, out, _ = run(
-        *("bench", "softmax", "mega:state_dim=2", "--lengths", "16,32", "--dim", "16", "--heads", "2", "--rounds", "1"),
+        *("bench", "softmax", "mega:ema_dim=4", "--lengths", "16,32", "--dim", "16", "--heads", "2", "--rounds", "1"),
         *("--json", str(figures), "--chart", str(chart), "--against", "sdpa"),
     )
     assert code == 0
     found = json.loads(figures.read_text())
     assert {(m["entrant"], m["length"]) for m in found["measurements"]} == {
-        (e, n) for e in ("softmax", "mega(state_dim=2)", "sdpa") for n in (16, 32)
+        (e, n) for e in ("softmax", "mega(ema_dim=4)", "sdpa") for n in (16, 32)
     }
     assert found["setting"]["pattern"] == "causal-self"
-    assert {s["entrant"] for s in found["summary"]} == {"softmax", "mega(state_dim=2)", "sdpa"}
+    assert {s["entrant"] for s in found["summary"]} == {"softmax", "mega(ema_dim=4)", "sdpa"}
     assert "peak memory" in out
-    assert "mega(state_dim=2)" in chart.read_text()
+    assert "mega(ema_dim=4)" in chart.read_text()
 
 
 def test_index_is_what_the_cards_say(index_file, tmp_path):
@@ -218,6 +218,6 @@ def test_a_new_row_overwrites_nothing(skeleton, run, tmp_path):
 
 
 def test_an_installed_package_is_no_checkout(monkeypatch, tmp_path):
-    monkeypatch.setattr(registry, "INDEX", tmp_path / "src" / "crosslight" / "index.json")
+    monkeypatch.setattr(crosslight, "__file__", str(tmp_path / "site-packages" / "crosslight" / "__init__.py"))
     with pytest.raises(CrosslightError, match="checkout"):
         checkout.root()

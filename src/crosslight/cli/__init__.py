@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 from typing import Annotated
 
@@ -11,10 +9,12 @@ import typer
 
 from crosslight import __version__
 from crosslight.cli.bench import bench
+from crosslight.cli.compare import compare
 from crosslight.cli.index import index
 from crosslight.cli.list import find, list_
 from crosslight.cli.new import new
 from crosslight.cli.show import show
+from crosslight.cli.verify import verify
 from crosslight.errors import CrosslightError
 
 app = typer.Typer(
@@ -44,9 +44,8 @@ def _options(
 app.command("list")(list_)
 app.command("find")(find)
 app.command("show")(show)
-for _name in ("compare", "verify"):  # guard until both files are there
-    if importlib.util.find_spec(f"crosslight.cli.{_name}"):
-        app.command(_name)(getattr(importlib.import_module(f"crosslight.cli.{_name}"), _name))
+app.command("compare")(compare)
+app.command("verify")(verify)
 app.command("bench")(bench)
 app.command("new")(new)
 app.command("index")(index)

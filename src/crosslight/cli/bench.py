@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,11 +85,12 @@ def _figures(device: str) -> None:
     from crosslight.bench import figures
 
     root, taken = checkout.root(), []
-    with Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=errors(), transient=True) as progress:
+    columns = (TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal) as progress:
         bar = progress.add_task("")
         for found in figures.take(device, started=lambda name: progress.update(bar, description=name)):
             taken.append(found)
-            progress.console.print(found.line(), highlight=False, markup=False)
+            progress.console.print(found.line(), highlight=False, markup=False, soft_wrap=True)
             files = figures.files(root, device, taken)
             for path, text in files.items():
                 path.parent.mkdir(exist_ok=True)
@@ -163,7 +165,7 @@ def bench(
         }
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors(), transient=True) as progress:
+    with Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal) as progress:
         bar = progress.add_task("", total=len(measured) * len(sizes))
         for m in sweep(
             measured,
@@ -177,6 +179,8 @@ def bench(
         ):
             done.append(m)
             progress.advance(bar)
+            if not errors().is_terminal:
+                print(f"{m.entrant} at {m.length:,}: {seconds(m.best) if m.best else m.status}", file=sys.stderr)
             if json_ is not None:
                 write_whole(json_, json.dumps(record(), indent=1) + "\n")
     screen = console()

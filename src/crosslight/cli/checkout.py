@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from crosslight import registry
+import crosslight
 from crosslight.errors import CrosslightError
 
 
@@ -14,10 +14,11 @@ def root() -> Path:
     Raises:
         CrosslightError: the package was installed, not checked out.
     """
-    found = registry.INDEX.parents[2]
+    package = Path(crosslight.__file__).parent
+    found = package.parents[1]
     if not (found / "pyproject.toml").exists():
         raise CrosslightError(
-            f"checkout: got the package in {found.name}/{registry.INDEX.parent.name}, expected a clone of the "
+            f"checkout: got the package in {package}, expected a clone of the "
             "repository installed with `pip install -e .`"
         )
     return found

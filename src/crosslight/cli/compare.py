@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,6 +51,7 @@ def compare(
     """
     from crosslight import comparison
     from crosslight.comparison import cab, study
+    from crosslight.comparison import report as page
 
     where = study.device_of(device)
     frame = comparison.compare(
@@ -73,6 +75,8 @@ def compare(
         goal=goal,
         text=text,
     )
+    if os.environ.get("RANK", "0") != "0":  # of the processes of `accelerate launch` one tells
+        return
     board = comparison.leaderboard(frame)
     screen = console()
     for name in dict.fromkeys(board.task):
@@ -83,16 +87,10 @@ def compare(
         screen.print(f"note: {note}", style="dim", highlight=False, markup=False)
     for row in frame[frame.status != "ok"].itertuples():
         screen.print(f"{row.status}: {row.task} {row.label} seed {row.seed}: {row.error}", style="red", markup=False)
-    _write(frame, report)
+    page.write(frame, report)
+    screen.print(f"wrote {report}", highlight=False)
 
 
-def _write(frame: pd.DataFrame, path: Path) -> None:
-    try:
-        from crosslight.comparison import report
-    except ImportError:
-        return
-    report.write(frame, path)
-    print(f"wrote {path}")
 
 
 def _leaderboard(board: pd.DataFrame) -> Table:

@@ -117,8 +117,8 @@ def new(
     """Write the skeleton of a row, a module and its test, which pass as they are (for contributors)."""
     expect(kind in ROOMS, "--kind", repr(kind), f"one of {', '.join(ROOMS)}")
     expect(root is None or (root / "src/crosslight").is_dir(), "--root", root, "a checkout with src/crosslight in it")
-    base = checkout.root() if root is None else root
     values = _values(id, title, year, paper, group)
+    base = checkout.root() if root is None else root
     module = Path("src/crosslight") / ROOMS[kind] / f"{values['module']}.py"
     test = Path("tests") / ROOMS[kind] / f"test_{values['module']}.py"
     _write(base / module, TOKEN.substitute(values))

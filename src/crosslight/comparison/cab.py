@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from crosslight.cards import Card
+from crosslight.cards import Card, Evidence
 from crosslight.errors import require
 from crosslight.registry import register
 
@@ -35,6 +35,19 @@ CARD = Card(
     summary="Ranks attention over four patterns by the mean of metrics that are z-normalised per task.",
     patterns=("noncausal-self", "causal-self", "noncausal-cross", "causal-cross"),
     mask="none",
+    checked="the definition on a small table, and invariance to rescaling any metric by a positive slope",
+    differs=(
+        "The paper's seven tasks train for days. The four here train in minutes and keep its patterns; causal cross is "
+        "a decoder that sees all of its context, where the paper's causal cross streams the context."
+    ),
+    evidence=Evidence(
+        claim="Over the four patterns, attention has a higher compositional index than mean pooling",
+        task="digits,language,forecast,spelling",
+        metric="index",
+        margin=1.0,
+        entrant="softmax",
+        baseline="mean-pooling",
+    ),
 )
 
 

@@ -65,8 +65,8 @@ def attend(
         return sparse.attend_with_lse(q, k, v, mask=rule if always is None else rule | always, scale=scale)
     # Once here, and not in every pass.
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    text, tensors = masks.pack(mask)
-    text_always, tensors_always = masks.pack(always)
+    text, tensors = sparse.pack(mask)
+    text_always, tensors_always = sparse.pack(always)
     arguments = (q, k, v, chosen, tensors, tensors_always, text, text_always, block_size, scale)
     if torch.compiler.is_compiling():
         return _routed_operator(*arguments)[:2]

@@ -104,10 +104,16 @@ def _attend(q, k, v, mask, causal, scale, want_lse):
         )
     # Once here, and not in every pass.
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    text, tensors = masks.pack(rule)
+    text, tensors = pack(rule)
     if torch.compiler.is_compiling():
         return _planned_operator(q, k, v, tensors, text, scale, want_lse)
     return _Planned.apply(q, k, v, tensors, text, scale, want_lse)
+
+
+def pack(mask: Mask | None) -> tuple[str, list[Tensor]]:
+    """As `masks.pack`; what is kept for the backward pass is a copy, as the caller may change a mask in between."""
+    text, tensors = masks.pack(mask)
+    return text, [t.clone() for t in tensors] if torch.is_grad_enabled() else tensors
 
 
 def merge(parts: Sequence[tuple[Out, LSE]]) -> tuple[Out, LSE]:

@@ -18,15 +18,15 @@ class ArgmaxPosition(Task):
     pattern = "noncausal-cross"
     metric = "accuracy"
     size = Size(dim=32, heads=4, depth=2)
-    steps = 400
+    steps = 600
     batch_size = 64
-    lr = 3e-3
+    lr = 5e-3
 
-    def __init__(self, length: int = 32) -> None:
+    def __init__(self, length: int = 16) -> None:
         self.length = length
 
     def _batch(self, count: int, draw: torch.Generator) -> dict[str, torch.Tensor]:
-        x = torch.rand(count, self.length, generator=draw)
+        x = torch.randn(count, self.length, generator=draw)
         return {"x": x, "y": x.argmax(1)}
 
     def batches(self, seed, batch_size):

@@ -32,7 +32,7 @@ class Digits(Task):
     size = Size(dim=32, heads=4, depth=2)
     steps = 400
     batch_size = 32
-    lr = 5e-3
+    lr = 1e-2
     test = 360
 
     def batches(self, seed, batch_size):

@@ -30,7 +30,7 @@ class SeriesForecast(Task):
     metric = "mae"
     higher_is_better = False
     size = Size(dim=32, heads=4, depth=2)
-    steps = 400
+    steps = 300
     batch_size = 32
     lr = 3e-3
     share: ClassVar[float] = 0.8

@@ -54,7 +54,7 @@ CARD = Card(
     mask="none",
     checked="the authors' generator: the same keys, values, slots and labels for the same seed",
     differs=(
-        "As a task it is smaller than in the paper (vocabulary 256 instead of 8192, N = 64, D = 8), so that two cores "
+        "As a task it is smaller than in the paper (vocabulary 64 instead of 8192, N = 32, D = 4), so that two cores "
         "solve it in a minute. The companion convolution has short filters and no second projection."
     ),
     evidence=Evidence(
@@ -140,9 +140,9 @@ class ZoologyMQAR(Task):
 
     def __init__(
         self,
-        length: int = 64,
-        vocab: int = 256,
-        pairs: int = 8,
+        length: int = 32,
+        vocab: int = 64,
+        pairs: int = 4,
         power: float = 0.01,
         examples: int = 20_000,
     ) -> None:

@@ -56,7 +56,8 @@ CARD = Card(
     summary="Forecasts a series from its patches and one global token, which alone attends to exogenous series as "
     "whole-series tokens.",
     cost="n^2",
-    checked="a restatement with torch.nn.MultiheadAttention and the same weights; the exact invariants of instance "
+    checked="a restatement with torch.nn.MultiheadAttention and the same weights; the parameter counts of the released "
+    "code; the exact invariants of instance "
     "normalisation, of the order of variates, and of what one layer lets exogenous series reach",
     differs="Calendar marks are read un-normalised and the forecast comes from one more LayerNorm, as in the released "
     "code. Dropout acts on embeddings, attention outputs and the FFN, but not on attention weights and not on the "
