@@ -42,7 +42,7 @@ def test_tokens_are_their_experts_written_out(renormalise, x):
     y = torch.zeros_like(x)
     for b in range(2):
         for t in range(N):
-            chosen = sorted(range(6), key=lambda i: -p[b, t, i].item())[:HEADS]  # noqa: B023
+            chosen = sorted(range(6), key=lambda i: -p[b, t, i].item())[:HEADS]
             total = 1 if renormalise == "none" else sum(p[b, t, i] for i in chosen)
             for i in chosen:
                 row = (x[b, t] @ attn.q.weight[i] @ k[b].T / attn.head_dim**0.5).softmax(-1)

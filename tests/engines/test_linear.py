@@ -211,3 +211,17 @@ def test_bad_input_is_named():
         linear.attend(q, k[:, :, :6], v[:, :, :6], log_decay=torch.zeros(BATCH, HEADS, 6))
     with pytest.raises(CrosslightError, match="backend"), backend("sdpa"):
         linear.attend(q, k, v)
+
+
+def test_autocast_keeps_the_state_in_float32():
+    q, k, v = (t.requires_grad_() for t in qkv(20, dtype=torch.float32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = linear.attend(q, k, v, causal=True)
+        state = None
+        for t in range(3):
+            _, state = linear.step(*(x[:, :, t : t + 1] for x in (q, k, v)), state)
+    assert state.S.dtype == torch.float32
+    exact = recurrence(q, k, v)
+    assert (out - exact).norm() < 0.01 * exact.norm()
+    grads = [torch.autograd.grad(y.sum(), (q, k, v)) for y in (out, exact)]
+    assert all((a - b).norm() < 0.02 * b.norm() for a, b in zip(*grads, strict=True))

@@ -64,10 +64,10 @@ CARD = Card(
 class AgentLayer(AttentionLayer):
     """The layer around `AgentAttention`, which adds the convolution of the values."""
 
-    def __init__(self, core: Core, dim: int, *, conv: bool, **own: Any) -> None:
+    def __init__(self, core: AgentAttention, dim: int, **own: Any) -> None:
         super().__init__(core, dim, **own)
         width = self.heads * self.head_dim
-        self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width) if conv else None
+        self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width) if core.conv else None
 
     def _extra(self, how: How) -> dict[str, Any]:
         # Of x itself, padding is known; that of a context says nothing of the queries.
@@ -92,18 +92,28 @@ class AgentLayer(AttentionLayer):
 
 @register(CARD)
 class AgentAttention(Core):
-    """q (batch, heads, n, d), k and v (batch, heads, m, d). The layer takes one more option, ``conv``: whether the
-    convolution of the values is added in self-attention.
+    """q (batch, heads, n, d), k and v (batch, heads, m, d).
 
     Args:
         agents: number of agents, a square number where a grid is given.
         window: (H, W) of a fixed grid, for position biases; without it there are none.
+        conv: whether the layer adds the convolution of the values in self-attention.
     """
 
     takes_grid = True
+    layer = AgentLayer
 
-    def __init__(self, heads: int, head_dim: int, *, agents: int = 49, window: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        *,
+        agents: int = 49,
+        window: tuple[int, int] | None = None,
+        conv: bool = True,
+    ) -> None:
         super().__init__(heads, head_dim)
+        self.conv = conv
         expect(isinstance(agents, int) and agents > 0, "agents", agents, "a positive int")
         self.agents = agents
         self.window = None if window is None else (int(window[0]), int(window[1]))
@@ -172,22 +182,3 @@ class AgentAttention(Core):
         share = pooled[:, None, :, None].to(q.dtype)
         total = pool(share)
         return pool(q * share) / torch.where(total == 0, 1, total)
-
-    @classmethod
-    def build(
-        cls,
-        dim: int,
-        heads: int = 8,
-        *,
-        conv: bool = True,
-        kv_heads: int | None = None,
-        head_dim: int | None = None,
-        context_dim: int | None = None,
-        bias: bool = True,
-        position: str | nn.Module | None = None,
-        **own: Any,
-    ) -> AttentionLayer:
-        """`Core.build` with ``conv``."""
-        options: dict[str, Any] = {"kv_heads": kv_heads, "context_dim": context_dim, "bias": bias, "position": position}
-        plain = super().build(dim, heads, head_dim=head_dim, **options, **own)
-        return AgentLayer(plain.core, dim, conv=conv, **options)

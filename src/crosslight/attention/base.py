@@ -225,6 +225,8 @@ class Core(nn.Module):
     takes_bias: ClassVar[bool] = False
     #: `forward` and `weights` take ``grid=``.
     takes_grid: ClassVar[bool] = False
+    #: The layer that `build` puts around the core; `AttentionLayer` if None.
+    layer: ClassVar[type[AttentionLayer] | None] = None
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -271,7 +273,8 @@ class Core(nn.Module):
             expect(dim % heads == 0, "dim", dim, f"a multiple of heads = {heads} (or give head_dim)")
             head_dim = dim // heads
         core = cls(heads, head_dim, **own)
-        return AttentionLayer(core, dim, kv_heads=kv_heads, context_dim=context_dim, bias=bias, position=position)
+        return (cls.layer or AttentionLayer)(
+            core, dim, kv_heads=kv_heads, context_dim=context_dim, bias=bias, position=position)
 
 
 @dataclass

@@ -55,8 +55,8 @@ CARD = Card(
     cost="n^2",
     decode="kv",
     checked="multi-query attention with the same weights; a group whose layers all have the first one's W_k and W_v",
-    differs="The paper is causal self-attention; a group may share a context as well. No evidence yet: the trunks of the "
-    "tasks create each layer by itself, so that nothing is shared in them.",
+    differs="The paper is causal self-attention; a group may share a context as well. No evidence yet: the trunks of "
+    "the tasks create each layer by itself, so that nothing is shared in them.",
 )
 
 
@@ -92,7 +92,7 @@ class CrossLayerAttention(AttentionLayer):
         bias: bool = True,
         position: str | nn.Module | None = None,
     ) -> None:
-        expect(heads > 0 and (head_dim or dim % heads == 0), "heads", heads, f"a divisor of dim = {dim}")
+        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "heads", heads, f"a divisor of dim = {dim}")
         core = Softmax(heads, head_dim or dim // heads)
         super().__init__(core, dim, kv_heads=kv_heads, context_dim=context_dim, bias=bias, position=position)
         #: Whether this is the first layer of a group, which has W_k and W_v.

@@ -40,7 +40,7 @@ CARD = Card(
     year=2022,
     paper="2212.10197",
     code="zhengkid/EIT-Enhanced-Interactive-Transformer",
-    summary="Scores of all pairs of query heads and key heads, mixed to one map a head by small convolutional networks.",
+    summary="Scores of all pairs of query heads and key heads, mixed to one map a head by 1-wide convolutions.",
     patterns=("noncausal-self", "causal-self", "noncausal-cross", "causal-cross"),
     cost="n^2",
     decode="kv",
@@ -48,13 +48,14 @@ CARD = Card(
     differs="A reconstruction: the authors' repository holds no code, and the text that could be read names neither "
     "kernel sizes nor widths. Kernels are 1 wide. Widths (H_isi = 8 M, H_csi = 4 M, efficient 2 M) are those of an "
     "unofficial implementation, which besides leaves the softmax out, scales by sqrt(dim) and keeps the cross-subspace "
-    "convolutions in groups, so that heads never meet; here they do. That the efficient form has a softmax, a ReLU and "
-    "groups in its first convolution only is read from its names. The last convolution has no bias: softmax cancels it.",
+    "convolutions in groups, so that heads never meet; here they do. That the efficient form has a ReLU, and "
+    "groups in its first convolution only, is inferred. The last convolution has no bias: softmax cancels it.",
     evidence=Evidence(
         claim="a byte language model in which heads interact is better than one of multi-head attention",
         task="language",
         metric="bits_per_byte",
         margin=0.0,
+        budget={"steps": 200},
     ),
 )
 
@@ -81,7 +82,7 @@ class EnhancedMultiHead(Core):
         self.mix = nn.Parameter(torch.empty(heads, inner, heads).uniform_(-1, 1) / math.sqrt(heads))
         self.shift = nn.Parameter(torch.empty(hidden).uniform_(-1, 1) / math.sqrt(heads))
         if efficient:
-            rest = [nn.Conv2d(hidden, heads, 1, bias=False)]
+            rest: list[nn.Module] = [nn.Conv2d(hidden, heads, 1, bias=False)]
         else:
             rest = [
                 nn.Conv2d(hidden, heads, 1, groups=heads),

@@ -80,7 +80,7 @@ class LightningLayer(AttentionLayer):
         return self.out(F.rms_norm(y, y.shape[-1:], eps=1e-12) * self.gate(x))
 
 
-@register(CARD)
+@register(CARD, bias=False)
 class LightningAttention(Core):
     """q (batch, heads, n, d), k and v (batch, kv_heads, m, d), after the feature map.
 
@@ -90,6 +90,7 @@ class LightningAttention(Core):
     """
 
     grouped = True
+    layer = LightningLayer
 
     def __init__(
         self,
@@ -129,21 +130,3 @@ class LightningAttention(Core):
         """Not a buffer: half precision, to which a layer may be cast, would round it."""
         wide = torch.promote_types(q.dtype, torch.float32)
         return torch.tensor(self.log_decay, dtype=wide, device=q.device) if decaying else None
-
-    @classmethod
-    def build(
-        cls,
-        dim: int,
-        heads: int = 8,
-        *,
-        kv_heads: int | None = None,
-        head_dim: int | None = None,
-        context_dim: int | None = None,
-        bias: bool = False,
-        position: str | nn.Module | None = None,
-        **own: Any,
-    ) -> AttentionLayer:
-        """`Core.build` with SiLU, norm and gate."""
-        options: dict[str, Any] = {"kv_heads": kv_heads, "context_dim": context_dim, "bias": bias, "position": position}
-        plain = super().build(dim, heads, head_dim=head_dim, **options, **own)
-        return LightningLayer(plain.core, dim, **options)

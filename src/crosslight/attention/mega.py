@@ -262,7 +262,7 @@ class Mega(Mechanism):
     def _gated(self, x: Stream, smooth: Stream, y: Heads) -> Stream:
         read = F.silu(self.gate(smooth)) * y.transpose(1, 2).flatten(2)
         candidate = F.silu(self.candidate(smooth) + self.out(read))
-        return torch.lerp(x, candidate, self.update(smooth).sigmoid())
+        return x + self.update(smooth).sigmoid() * (candidate - x)
 
     def _step(self, x, cache, context, how):
         length = 0 if cache is None else cache.length

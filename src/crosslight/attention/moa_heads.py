@@ -53,7 +53,7 @@ CARD = Card(
     decode="kv",
     # The detached sum of the paper is no derivative that finite differences could find.
     small={"experts": 5, "renormalise": "full"},
-    checked="multi-query attention with as many experts as heads and a uniform router; each token's experts written out",
+    checked="multi-query attention with as many experts as heads and a uniform router; the experts written out",
     differs="The released code leaves the renormalisation out (`renormalise='none'`), as it does the detached sum, and "
     "offers noise on the router (`noisy`), which the paper does not use.",
     evidence=Evidence(
@@ -144,11 +144,9 @@ class MixtureOfAttentionHeads(AttentionLayer):
         renormalise: Renormalise = "detached",
         noisy: bool = False,
     ) -> None:
-        expect(heads > 0 and (head_dim or dim % heads == 0), "heads", heads, f"a divisor of dim = {dim}")
+        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "heads", heads, f"a divisor of dim = {dim}")
         d = head_dim or dim // heads
-        super().__init__(
-            Softmax(heads, d), dim, kv_heads=1, context_dim=context_dim, bias=bias, position=position
-        )
+        super().__init__(Softmax(heads, d), dim, kv_heads=1, context_dim=context_dim, bias=bias, position=position)
         expect(not isinstance(self.position, Bias), "position", repr(position), "a rotation such as 'rope'")
         known = get_args(Renormalise)
         expect(renormalise in known, "renormalise", repr(renormalise), f"one of {', '.join(known)}")

@@ -11,8 +11,8 @@ Self-Attention for Sequential Recommendation", 2023, arXiv 2311.01056.
     output = alpha y_short + (1 - alpha) y_long                                         (batch, n, dim)
 
 The layer holds its own residuals, norms and feed-forward part, as in the paper, where one such block a branch is the
-model. Scores of items are inner products with their embeddings, so mixing outputs is mixing scores. L = 1 with alpha = 1
-is a SASRec block. `weights` shows the matrices of both branches, first the heads of the short one.
+model. Scores of items are inner products with their embeddings, so mixing outputs is mixing scores. L = 1 with
+alpha = 1 is a SASRec block. `weights` shows the matrices of both branches, first the heads of the short one.
 
 TED stores transitions between items in their embeddings: `transitions` counts them, and `transition_loss` is
 cross-entropy(softmax(row_i / max(row_i) / tau), softmax(sqrt(dim) e_i E^T / tau)), times lambda = 0.1 in the loss.
@@ -21,8 +21,9 @@ cross-entropy(softmax(row_i / max(row_i) / tau), softmax(sqrt(dim) e_i E^T / tau
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -54,9 +55,9 @@ CARD = Card(
     mask="keys",
     decode="kv",
     checked="the equations written out token by token; the masked moving average",
-    differs="The paper is causal self-attention. With several blocks the paper keeps the branches apart until the scores: "
-    "layers with alpha=1 and with alpha=0 build them, `last=False` for all but the last. The released code divides the "
-    "student's logits of TED by tau as well, and so does this.",
+    differs="The paper is causal self-attention. With several blocks the paper keeps the branches apart until the "
+    "scores: layers with alpha=1 and with alpha=0 build them, `last=False` for all but the last. The released code "
+    "divides the student's logits of TED by tau as well, and so does this.",
     evidence=Evidence(
         claim="mixing short and long queries is better than short queries alone",
         task="language",
@@ -143,9 +144,8 @@ class MultiQueryLengths(Mechanism):
         self.heads = heads
         shares = {1: alpha, length: 1 - alpha} if length > 1 else {1: 1.0}
         self.shares = [share for share in shares.values() if share]
-        self.branches = nn.ModuleList(
-            Branch(dim, self.context_dim, heads, size, last) for size, share in shares.items() if share
-        )
+        branches = [Branch(dim, self.context_dim, heads, size, last) for size, share in shares.items() if share]
+        self.branches: Sequence[Branch] = nn.ModuleList(branches)  # type: ignore[assignment]
 
     def _keep(self, how) -> Tensor | None:
         """Which tokens of x are no padding."""
@@ -154,7 +154,7 @@ class MultiQueryLengths(Mechanism):
     def _mix(self, parts: list[Tensor]) -> Tensor:
         return torch.stack([share * y for share, y in zip(self.shares, parts, strict=True)]).sum(0)
 
-    def _heads(self, branch: Any, x: Tensor, context: Tensor, how) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, branch: Branch, x: Tensor, context: Tensor, how) -> tuple[Tensor, Tensor, Tensor]:
         """c, queries and keys of a branch."""
         c = branch.asks(x, self._keep(how))
         return c, branch.split(branch.q(c)), branch.split(branch.k(context))

@@ -88,7 +88,8 @@ class MultiWindow(Core):
     """softmax inside windows; q, k, v (batch, heads, n, d).
 
     Args:
-        windows: tokens a window, one number a head, 0 for a global head; the paper's spread over the heads unless given.
+        windows: tokens a window, one number a head, 0 for a global head; those of the paper unless given, with fewer
+            or more heads spread over these.
     """
 
     def __init__(self, heads: int, head_dim: int, windows: Sequence[int] | None = None) -> None:
@@ -125,7 +126,7 @@ class MultiWindow(Core):
 
     def _windowed(self, q: Tensor, k: Tensor, v: Tensor, window: int, mask: Mask | None, causal: bool) -> Tensor:
         """The heads of a window, each window as an element of the batch."""
-        batch, heads, n = q.shape[:3]
+        batch, _, n = q.shape[:3]
         size = min(window, n)
         short = -n % size
         # A position in each window: (windows, size).
@@ -166,7 +167,7 @@ class MultiWindow(Core):
             parts.append(dense.weights(*qk, **self._plain(*qk, window, mask, causal)))
         return torch.cat(parts, 1)[:, self.back]
 
-    def step(self, q, k, v, state=None):
+    def step(self, q, k, v, state=None, **extra):
         state = KVCache.start(k, v) if state is None else state.append(k, v)
         offset = state.length - q.shape[2]
         parts = []

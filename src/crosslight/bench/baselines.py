@@ -59,7 +59,10 @@ def _flex() -> tuple[Callable[..., Tensor], Callable[..., Any]]:
 
     @lru_cache(maxsize=4)
     def block_mask(mask: Mask, n: int, m: int, device: torch.device) -> Any:
-        return create_block_mask(mask.visible, None, None, n, m, device=str(device))
+        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:  # a bound method is refused
+            return mask.visible(b, h, i, j)
+
+        return create_block_mask(visible, None, None, n, m, device=str(device))
 
     return torch.compile(flex_attention), block_mask
 

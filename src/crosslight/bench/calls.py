@@ -187,10 +187,12 @@ def _token(entrant: Entrant, setting: Setting, mask: Mask | None) -> Callable[[i
 
     def make(n: int) -> Call:
         x, z = _inputs(setting, *[(setting.batch, n, setting.dim)] * 2)
-        streams = [x, z] if setting.cross else [x]
+        # Learned queries (slots, latents) are few; what grows is the context.
+        learned = setting.cross and getattr(module, "learned_queries", False)
+        streams = [None, z] if learned else [x, z] if setting.cross else [x]
         return _run(
             lambda: module(*streams, mask=mask, causal=setting.causal),
-            [*streams, *(p for p in module.parameters() if p.requires_grad)],
+            [s for s in streams if s is not None] + [p for p in module.parameters() if p.requires_grad],
             setting.backward,
         )
 

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from crosslight.cli.console import PatternOption, console
+from crosslight.errors import require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,6 +54,7 @@ def compare(
     from crosslight.comparison import cab, study
     from crosslight.comparison import report as page
 
+    require("jinja2", "report")  # before training, not after it
     where = study.device_of(device)
     frame = comparison.compare(
         with_,

@@ -136,7 +136,8 @@ def step(
     k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
     wide = torch.promote_types(q.dtype, torch.float32)
     k_wide = k.to(wide)
-    S, z = k_wide.transpose(-1, -2) @ v.to(wide), k_wide.squeeze(2) if normalise else None
+    # Not a matrix product, which autocast would put into half precision.
+    S, z = k_wide.transpose(-1, -2) * v.to(wide), k_wide.squeeze(2) if normalise else None
     if state is not None:
         old, old_z = state.S, state.z
         if log_decay is not None:

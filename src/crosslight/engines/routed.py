@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crosslight.engines import dense, masks, sparse, tiles
+from crosslight.engines import masks, sparse, tiles
 from crosslight.engines.backend import forced
 from crosslight.engines.masks import Mask
 

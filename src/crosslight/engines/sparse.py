@@ -97,7 +97,7 @@ def _attend(q, k, v, mask, causal, scale, want_lse):
         from crosslight.engines import flex
 
         if forced() == "flex" or flex.serves(q, k, v):
-            return flex.attend(q, k, v, rule, scale)
+            return flex.attend(q, k, v, rule, scale, want_lse)
     if forced() not in ("auto", "gather", "flex"):
         raise CrosslightError(
             f"backend: got {forced()!r}, expected one that sparse attention has: reference, flex, gather"

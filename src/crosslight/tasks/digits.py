@@ -30,7 +30,7 @@ class Digits(Task):
     pattern = "noncausal-self"
     metric = "accuracy"
     size = Size(dim=32, heads=4, depth=2)
-    steps = 400
+    steps = 300
     batch_size = 32
     lr = 1e-2
     test = 360

@@ -62,7 +62,7 @@ class PlantedSink(Task):
     batch_size = 64
     lr = 2e-3
 
-    def __init__(self, shapes: int = 12, colours: int = 8, objects: int = 6, share: float = 0.45) -> None:
+    def __init__(self, shapes: int = 12, colours: int = 32, objects: int = 10, share: float = 0.45) -> None:
         self.shapes, self.colours, self.objects, self.share = shapes, colours, objects, share
 
     def draw(self, count: int, g: torch.Generator) -> dict[str, Tensor]:

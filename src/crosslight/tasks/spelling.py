@@ -53,12 +53,12 @@ class Spelling(Task):
     pattern = "causal-cross"
     metric = "bits_per_char"
     higher_is_better = False
-    size = Size(dim=64, heads=4, depth=2)
+    size = Size(dim=48, heads=4, depth=2)
     steps = 300
     batch_size = 32
     lr = 5e-3
 
-    def __init__(self, source: int = 64, target: int = 24) -> None:
+    def __init__(self, source: int = 48, target: int = 24) -> None:
         self.source, self.target = source, target
 
     @cache  # noqa: B019 - a task lives as long as its trial
