@@ -74,7 +74,8 @@ def test_equals_dense_attention_under_the_matrix(grid, kernel, dilation, causal)
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
     assert (out - expected).abs().max() < 1e-10
     goal = torch.randn_like(out)
-    for a, b in zip(torch.autograd.grad(out, (q, k, v), goal), torch.autograd.grad(expected, (q, k, v), goal), strict=True):
+    got, wanted = (torch.autograd.grad(y, (q, k, v), goal) for y in (out, expected))
+    for a, b in zip(got, wanted, strict=True):
         assert (a - b).abs().max() < 1e-10
     assert torch.equal(core.weights(q, k, grid=grid) > 0, visible.expand(2, 3, -1, -1))
 
@@ -131,7 +132,9 @@ def test_softmax_with_the_symbolic_mask_is_the_same():
 
 
 def test_compiles_with_a_grid():
-    attn = crosslight.create("fused-neighborhood-attention", dim=12, heads=3, kernel_size=(3, 5), dilation=(2, 1)).double()
+    attn = crosslight.create(
+        "fused-neighborhood-attention", dim=12, heads=3, kernel_size=(3, 5), dilation=(2, 1)
+    ).double()
     x = torch.randn(2, 63, 12, dtype=torch.float64)
     compiled = torch.compile(attn, fullgraph=True, backend="aot_eager")
     for causal in (False, True):
@@ -159,13 +162,24 @@ def test_decoding_keeps_one_window():
     assert cache.state[0].shape[2] == 3 * 3
 
 
-def test_parity_with_natten():
+@pytest.mark.parametrize(
+    ("grid", "kernel", "dilation", "causal"),
+    [
+        ((40,), (6,), (3,), (True,)),
+        ((12, 17), (3, 5), (2, 1), (False, False)),
+        ((13, 11), (4, 3), (1, 2), (False, True)),
+        ((5, 8, 9), (3, 4, 3), (1, 2, 3), (True, False, False)),
+    ],
+    ids=str,
+)
+def test_parity_with_natten(grid, kernel, dilation, causal):
     natten = pytest.importorskip("natten")
-    q, k, v = (torch.randn(1, 12, 17, 3, 8) for _ in range(3))
-    expected = natten.na2d(q, k, v, kernel_size=(3, 5), dilation=(2, 1))
-    flat = [t.flatten(1, 2).transpose(1, 2) for t in (q, k, v)]
-    out = NeighbourhoodAttention(3, 8, (3, 5), (2, 1))(*flat, grid=(12, 17))
-    assert (out.transpose(1, 2).unflatten(1, (12, 17)) - expected).abs().max() < 1e-5
+    q, k, v = (torch.randn(1, *grid, 3, 16) for _ in range(3))
+    run = getattr(natten, f"na{len(grid)}d")
+    expected = run(q, k, v, kernel_size=kernel, dilation=dilation, is_causal=causal, backend="flex-fna")
+    flat = [t.flatten(1, len(grid)).transpose(1, 2) for t in (q, k, v)]
+    out = NeighbourhoodAttention(3, 16, kernel, dilation, causal)(*flat, grid=grid)
+    assert (out.transpose(1, 2).unflatten(1, grid) - expected).abs().max() < 1e-5
 
 
 def test_bad_options_are_refused():

@@ -90,6 +90,11 @@ def test_all_entrants_run_at_every_length(level, backward, pattern):
     assert set(found[0].ratios) == {"sdpa", "naive"}
 
 
+def test_maps_and_fusion_blocks_are_measured_too():
+    found = list(sweep(entrants("eca", "crossvit", "poly-encoder"), [16], Setting(**SMALL), rounds=1))
+    assert {m.entrant: m.status for m in found} == {"eca": "ok", "crossvit": "ok", "poly-encoder": "ok"}
+
+
 def test_softmax_computes_what_the_baseline_does():
     setting = Setting(pattern="causal-self", backward=True, mask="window:3", level="core", **SMALL)
     ours, theirs = (calls.Prepared(Entrant(id), setting).call(20)() for id in ("softmax", "naive"))

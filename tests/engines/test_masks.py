@@ -22,7 +22,9 @@ def simple(draw: random.Random) -> masks.Mask:
             lambda: masks.sink(draw.randrange(0, 9)),
             lambda: masks.same_block(draw.randrange(1, 12)),
             lambda: masks.keys(torch.rand(2, M) < draw.choice([0.1, 0.5, 1.1])),
-            lambda: masks.segments(torch.randint(0, 4, (2, N)).sort(1).values, torch.randint(0, 4, (2, M)).sort(1).values),
+            lambda: masks.segments(
+                torch.randint(0, 4, (2, N)).sort(1).values, torch.randint(0, 4, (2, M)).sort(1).values
+            ),
             lambda: masks.segments(torch.randint(0, 3, (2, N)), torch.randint(0, 3, (2, M))),
             lambda: masks.as_mask(torch.rand(2, 3, N, M) < 0.5, batch=2, heads=3, n=N, m=M),
             lambda: Neighbourhood((6, 7), *neighbourhood(draw, 2)),
@@ -68,7 +70,14 @@ def test_blocks_never_lie(seed):
 
 @pytest.mark.parametrize(
     "mask",
-    [masks.causal(), masks.window(5), masks.dilated(3), masks.sink(6), masks.same_block(5), masks.causal() & masks.window(4)],
+    [
+        masks.causal(),
+        masks.window(5),
+        masks.dilated(3),
+        masks.sink(6),
+        masks.same_block(5),
+        masks.causal() & masks.window(4),
+    ],
     ids=str,
 )
 def test_blocks_of_simple_rules_are_exact(mask):
@@ -124,12 +133,19 @@ def test_offset_moves_the_queries():
 
 def test_tensor_masks_become_rules():
     keep = torch.rand(2, 5) < 0.5
-    assert torch.equal(masks.as_mask(keep, batch=2, heads=3, n=4, m=5).dense(2, 3, 4, 5)[:, 0], keep[:, None].expand(2, 4, 5))
+    assert torch.equal(
+        masks.as_mask(keep, batch=2, heads=3, n=4, m=5).dense(2, 3, 4, 5)[:, 0], keep[:, None].expand(2, 4, 5)
+    )
     pairs = torch.rand(2, 4, 5) < 0.5
     assert torch.equal(masks.as_mask(pairs, batch=2, heads=3, n=4, m=5).dense(2, 3, 4, 5)[:, 0], pairs)
     with pytest.raises(CrosslightError, match=r"mask: got bool \(2, 4\)"):
         masks.as_mask(torch.ones(2, 4, dtype=torch.bool), batch=2, heads=3, n=4, m=5)
-    for wrong in (lambda: masks.window(-1), lambda: masks.dilated(0), lambda: masks.sink(-1), lambda: masks.same_block(0)):
+    for wrong in (
+        lambda: masks.window(-1),
+        lambda: masks.dilated(0),
+        lambda: masks.sink(-1),
+        lambda: masks.same_block(0),
+    ):
         with pytest.raises(CrosslightError, match="expected a number"):
             wrong()
 

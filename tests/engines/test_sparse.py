@@ -108,7 +108,9 @@ def test_strided_inputs():
 
 def test_gradcheck():
     inputs = qkv(batch=1, heads=2, kv_heads=1, n=40, m=40, dim=3, value_dim=2)
-    assert torch.autograd.gradcheck(lambda *t: sparse.attend(*t, mask=masks.window(3) | masks.sink(1)), inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda *t: sparse.attend(*t, mask=masks.window(3) | masks.sink(1)), inputs, fast_mode=True
+    )
 
 
 def test_rows_without_keys_are_zero():
@@ -249,7 +251,9 @@ def test_whole_tiles_are_known():
 def test_work_follows_what_is_visible(mask, share):
     """Pairs that are computed, for each that is visible. A box of queries reads the box around all their windows."""
     n = 8192
-    visible = sum(mask.visible(0, 0, torch.arange(n)[:, None], torch.arange(at, at + 64)).sum() for at in range(0, n, 64))
+    visible = sum(
+        mask.visible(0, 0, torch.arange(n)[:, None], torch.arange(at, at + 64)).sum() for at in range(0, n, 64)
+    )
     assert plans.plan(mask, False, n, n).area <= share * visible.item()
 
 

@@ -46,7 +46,8 @@ CARD = Card(
     cost="n",
     decode="state",
     small={"kernel_size": 3},
-    checked="dense softmax under the explicit neighbourhood matrix, ranks 1 to 3, with dilation and causal axes (1e-10)",
+    checked="natten.na1d, na2d and na3d (1e-5), and dense softmax under the explicit matrix (1e-10), with dilation and "
+    "causal axes",
     differs="The paper asks for kernel_size * dilation <= the length of each axis; here a window that is larger reads "
     "the whole axis (its group, if dilated). causal=True makes the first axis causal, and in grids of more axes "
     "also hides what comes later in row-major order. Decoding takes the tokens as one axis.",
@@ -107,7 +108,7 @@ class NeighbourhoodAttention(Core):
     def read(self, weights, v, *, grid=None):
         return super().read(weights, v)
 
-    def step(self, q, k, v, state=None):
+    def step(self, q, k, v, state=None, **extra):
         kernel, dilation = self.rule(1, causal=True).kernel[0], self.rule(1, causal=True).dilation[0]  # type: ignore[attr-defined]
         if state is not None:
             k, v = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)

@@ -239,7 +239,9 @@ def _map(entrant: Entrant, setting: Setting, mask: Mask | None) -> Callable[[int
 
 def _fusion(entrant: Entrant, setting: Setting, mask: Mask | None) -> Callable[[int], Call]:
     widths = {"a": setting.dim, "b": setting.dim}
-    module = _built(entrant, setting, streams=widths, heads=setting.heads)
+    sizes = {"streams": widths, "heads": setting.heads}
+    known = registry.options(registry.factory(entrant.id)[0])
+    module = _built(entrant, setting, **{name: size for name, size in sizes.items() if name in known})
 
     def make(n: int) -> Call:
         streams = dict(zip(widths, _inputs(setting, *[(setting.batch, n, setting.dim)] * 2), strict=True))

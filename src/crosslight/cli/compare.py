@@ -93,8 +93,6 @@ def compare(
     screen.print(f"wrote {report}", highlight=False)
 
 
-
-
 def _leaderboard(board: pd.DataFrame) -> Table:
     first = board.iloc[0]
     way = "higher is better" if first.higher_is_better else "lower is better"

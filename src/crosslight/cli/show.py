@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crosslight import registry
-from crosslight.cards import PATTERNS, Card
+from crosslight.cards import PATTERNS, Card, Evidence
 from crosslight.cli.console import JsonOption, console
 from crosslight.cli.list import STYLES, as_json, status
 
@@ -58,22 +58,27 @@ def _facts(card: Card, entry: dict[str, Any]) -> Table:
     return out
 
 
+def _test(evidence: Evidence) -> str:
+    against = evidence.baseline + "".join(f" {k}={v}" for k, v in evidence.baseline_options.items())
+    bound = f"by at least {evidence.margin:g}" if evidence.margin >= 0 else f"or worse by at most {-evidence.margin:g}"
+    return f"{evidence.metric} of task {evidence.task}, better than {against} {bound}, {evidence.seeds} seeds"
+
+
 def _evidence(card: Card, entry: dict[str, Any]) -> Table:
     evidence, result = card.evidence, entry.get("result") or {}
     assert evidence is not None
     outcome = status(card.id)
     facts: dict[str, str | Text] = {
         "claim": evidence.claim,
-        "test": f"{evidence.metric} of task {evidence.task}, better than {evidence.baseline} by at least "
-        f"{evidence.margin:g}, {evidence.seeds} seeds",
+        "test": _test(evidence),
         "outcome": Text(outcome, style=STYLES.get(outcome, "")),
     }
-    # The record is what `crosslight verify` wrote; its plain figures are shown as they are.
-    plain = {
-        k: v for k, v in result.items() if isinstance(v, int | float | str) and k not in ("id", "holds", "key", "claim")
-    }
-    if plain:
-        facts["figures"] = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in plain.items())
+    if "values" in result:
+        for name, label in (("values", "entrant"), ("baseline_values", "baseline")):
+            facts[str(result[label])] = ", ".join(f"{v:.4g}" for v in result[name])
+        facts["better by"] = f"{result['difference']:+.4g}"
+    if result.get("error"):
+        facts["error"] = str(result["error"])
     out = Table.grid(padding=(0, 2))
     out.add_column(style="dim", no_wrap=True)
     out.add_column()

@@ -32,10 +32,16 @@ class Mask:
 
     #: All rules by class name, for `unpack`.
     kinds: ClassVar[dict[str, type[Mask]]] = {}
-    #: The rule is the same for every batch entry and head.
-    shared: bool = False
-    #: The rule stays the same when query and key move together by a multiple of this; 0 if there is no such number.
-    period: int = 0
+
+    @property
+    def shared(self) -> bool:
+        """Whether the rule is the same for every batch entry and head."""
+        return False
+
+    @property
+    def period(self) -> int:
+        """The rule stays the same when query and key move together by a multiple of this; 0 if there is no such."""
+        return 0
 
     def __init_subclass__(cls) -> None:
         Mask.kinds[cls.__name__] = cls
@@ -441,7 +447,7 @@ def _packed(value: Any, tensors: list[Tensor]) -> str:
         return f'["{type(value).__name__}",{",".join(fields)}]' if fields else f'["{type(value).__name__}"]'
     if isinstance(value, Tensor):
         tensors.append(value)
-        return f"{{\"tensor\":{len(tensors) - 1}}}"
+        return f'{{"tensor":{len(tensors) - 1}}}'
     if isinstance(value, tuple):
         return f"[{','.join([_packed(part, tensors) for part in value])}]"
     if value is None:

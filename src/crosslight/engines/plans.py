@@ -176,9 +176,7 @@ def _sizes(n: int, m: int) -> list[tuple[int, int]]:
     return [(size, size) for size in sizes or SIZES[-1:]]
 
 
-def block_table(
-    mask: Mask | None, n: int, m: int, block_q: int, block_k: int
-) -> tuple[Tensor, Tensor]:
+def block_table(mask: Mask | None, n: int, m: int, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
     """For each block of queries and keys: may any pair be visible, are all? Two boolean matrices."""
     device = next(iter(pack(mask)[1]), torch.empty(0)).device
     i0 = torch.arange(0, n, block_q, device=device)[:, None]

@@ -61,7 +61,8 @@ def attend(
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if forced() == "reference":
-        rule = masks.join(masks.Pairs(visible(chosen, block_size, k.shape[2])), mask)
+        rule: Mask = masks.Pairs(visible(chosen, block_size, k.shape[2]))
+        rule = rule if mask is None else rule & mask
         return sparse.attend_with_lse(q, k, v, mask=rule if always is None else rule | always, scale=scale)
     # Once here, and not in every pass.
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -262,7 +263,8 @@ def _backward(
             by_q, by_k, by_v = (x.to(work.dtype) for x in by)
         # The sums of both ways of reading gather in the same place.
         flat_q, flat_grad, table_k, table_v = q.flatten(0, 1), grad.flatten(0, 1), work.table(k), work.table(v)
-        delta, flat_share, table_by_k, table_by_v = delta.flatten(0, 1), share.flatten(0, 1), work.table(by_k), work.table(by_v)
+        table_by_k, table_by_v = work.table(by_k), work.table(by_v)
+        delta, flat_share = delta.flatten(0, 1), share.flatten(0, 1)
         part = flat_q.new_empty(0, q.shape[3], dtype=work.dtype)
         for first, stop, groups in work.turns(q.shape[3]):
             here_q = flat_q[first:stop].reshape(-1, q.shape[3])

@@ -126,7 +126,7 @@ def merge(parts: Sequence[tuple[Out, LSE]]) -> tuple[Out, LSE]:
     empty = total == 0
     shares = shares / total.masked_fill(empty, 1.0)
     out = sum(out * share[..., None].to(out.dtype) for (out, _), share in zip(parts, shares, strict=True))
-    return out, (total.masked_fill(empty, 1.0).log() + top).masked_fill(empty, -math.inf)  # type: ignore[return-value]
+    return out, (total.masked_fill(empty, 1.0).log() + top).masked_fill(empty, -math.inf)
 
 
 def _reference(q, k, v, rule, scale):
@@ -224,13 +224,14 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         work = _Work(q, k, text, tensors)
-        flat_q, flat_k, flat_v = work.flat(q if scale == 1 else q * scale), work.flat(k, work.plan.unit), work.flat(v, work.plan.unit)
+        flat_q, flat_k = work.flat(q if scale == 1 else q * scale), work.flat(k, work.plan.unit)
+        flat_v = work.flat(v, work.plan.unit)
         out = flat_q.new_zeros(*flat_q.shape[:2], v.shape[3], dtype=work.dtype)
         # The log-sum-exp, and whether there is one: rows outside of the plan have none.
         stats = flat_q.new_zeros(*flat_q.shape[:2], 2 if want_lse else 0, dtype=work.dtype)
         for part, chunk, hidden in work:
-            args = (work.keys(part, x, chunk) for x in (flat_k, flat_v))
-            y, lse = tiles.forward(work.queries(part, flat_q, chunk), *args, hidden, want_lse)
+            args = (work.queries(part, flat_q, chunk), work.keys(part, flat_k, chunk), work.keys(part, flat_v, chunk))
+            y, lse = tiles.forward(*args, hidden, want_lse)
             work.add_queries(part, out, chunk, y)
             if lse is not None:
                 some = lse.isfinite()

@@ -33,7 +33,7 @@ class ByteModel(Task):
     metric = "bits_per_byte"
     higher_is_better = False
     size = Size(dim=64, heads=4, depth=2)
-    steps = 300
+    steps = 400
     batch_size = 16
     lr = 5e-3
     #: Held-out windows, spread evenly over the held-out text.

@@ -53,7 +53,7 @@ class Spelling(Task):
     pattern = "causal-cross"
     metric = "bits_per_char"
     higher_is_better = False
-    size = Size(dim=48, heads=4, depth=2)
+    size = Size(dim=64, heads=4, depth=2)
     steps = 300
     batch_size = 32
     lr = 5e-3
