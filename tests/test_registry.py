@@ -179,3 +179,8 @@ def test_every_public_name_is_there():
         assert getattr(crosslight, name) is not None
     with pytest.raises(AttributeError, match="no_such_name"):
         crosslight.no_such_name  # noqa: B018
+
+
+def test_an_option_of_a_wrong_type_is_named():
+    with pytest.raises(CrosslightError, match="options of 'moba': got .*block_size='x'"):
+        crosslight.create("moba", dim=16, heads=2, block_size="x")

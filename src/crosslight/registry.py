@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from crosslight.cards import GROWTH, KINDS, PATTERNS, Card
-from crosslight.errors import UnknownId, expect
+from crosslight.errors import CrosslightError, UnknownId, expect
 
 INDEX = Path(__file__).with_name("index.json")
 ROOMS = ("attention", "maps", "fusion", "models", "control", "explain", "objectives", "tasks", "comparison")
@@ -147,7 +147,11 @@ def create(id: str, *, preset: str | None = None, **options: Any) -> Any:
     options = {**defaults, **options}
     build = getattr(make, "build", make)  # a core builds the layer around itself
     _check_options(id, build, make, options)
-    return build(**options)
+    try:
+        return build(**options)
+    except TypeError as error:  # most often a value of a wrong type; the cause stays chained
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise CrosslightError(f"options of {id!r}: got {given}, expected values of other types ({error})") from error
 
 
 def _check_options(id: str, build: Callable[..., Any], make: Callable[..., Any], options: dict[str, Any]) -> None:

@@ -14,6 +14,12 @@ from crosslight.engines import masks, sparse
 from crosslight.errors import CrosslightError
 
 
+@pytest.fixture(autouse=True)
+def _tiles_at_any_length(monkeypatch):
+    """Short calls would be computed densely."""
+    monkeypatch.setattr(sparse, "TINY", 0)
+
+
 class AsToken(NeighbourhoodAttention):
     """Its kind is system; its contract is that of kind token."""
 
@@ -144,11 +150,11 @@ def test_compiles_with_a_grid():
 def test_memory_has_no_buffer_of_scores(monkeypatch):
     """Forward and backward hold less than the n x k scores of a head would take, and grow as n."""
     monkeypatch.setattr(sparse, "CHUNK", 1 << 16)
-    core, used = NeighbourhoodAttention(1, 16, 13), []
-    for side in (64, 128):
-        q, k, v = (torch.randn(1, 1, side**2, 16).requires_grad_() for _ in range(3))
+    core, used = NeighbourhoodAttention(1, 4, 13), []
+    for side in (32, 64):
+        q, k, v = (torch.randn(1, 1, side**2, 4).requires_grad_() for _ in range(3))
         used.append(peak(lambda q=q, k=k, v=v, side=side: core(q, k, v, grid=(side, side)).sum().backward()))
-    assert used[1] < 4 * 128**2 * 13**2
+    assert used[1] < 4 * 64**2 * 13**2
     assert used[1] < 4.2 * used[0]
 
 

@@ -8,8 +8,14 @@ import torch.nn.functional as F
 
 import crosslight
 from crosslight.attention.moba import MoBA
-from crosslight.engines import masks
+from crosslight.engines import masks, sparse
 from crosslight.errors import CrosslightError
+
+
+@pytest.fixture(autouse=True)
+def _tiles_at_any_length(monkeypatch):
+    """Short calls would be computed densely."""
+    monkeypatch.setattr(sparse, "TINY", 0)
 
 
 def qkv(n, batch=2, heads=4, kv_heads=4, dim=8):

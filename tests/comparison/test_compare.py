@@ -73,7 +73,11 @@ def test_a_task_of_another_kind_takes_entrants_of_that_kind_and_none(tmp_path):
         ({"steps": -1}, CrosslightError, "steps: got -1"),
         ({"device": "gpu"}, CrosslightError, "device: got 'gpu'"),
         ({"target": "OT"}, CrosslightError, "target: got 'OT', expected a table"),
-        ({"dim": 10, "heads": 4}, CrosslightError, "dim.*: got 10, expected a multiple|heads: got 4, expected a divisor"),
+        (
+            {"dim": 10, "heads": 4},
+            CrosslightError,
+            "dim.*: got 10, expected a multiple|heads: got 4, expected a divisor",
+        ),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, options, error, message):
@@ -89,7 +93,12 @@ def test_entrants_as_text():
         Entrant("moba", {"block_size": 8, "top_k": 3}),
         Entrant("mega"),
     ]
-    assert parse("a:x=0.5,flag=true,name=rope,no=none")[0].options == {"x": 0.5, "flag": True, "name": "rope", "no": None}
+    assert parse("a:x=0.5,flag=true,name=rope,no=none")[0].options == {
+        "x": 0.5,
+        "flag": True,
+        "name": "rope",
+        "no": None,
+    }
     for bad in ("x=3", "moba:8"):
         with pytest.raises(CrosslightError, match="with: got"):
             parse(bad)

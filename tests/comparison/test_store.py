@@ -26,7 +26,9 @@ def test_a_run_resumes_without_repeating(tmp_path):
     run_all(first, Store(tmp_path))
     before = (tmp_path / "trials.jsonl").read_bytes()
     seen = []
-    run_all([*first, trial(seed=2), trial(seed=2)], Store(tmp_path), watcher=lambda t, share, r: seen.append((t.seed, r)))
+    run_all(
+        [*first, trial(seed=2), trial(seed=2)], Store(tmp_path), watcher=lambda t, share, r: seen.append((t.seed, r))
+    )
     assert (tmp_path / "trials.jsonl").read_bytes().startswith(before)
     assert [r["seed"] for r in lines(tmp_path)] == [0, 1, 2]
     assert [s for s, r in seen if r] == [2]

@@ -64,7 +64,12 @@ def test_the_key_changes_with_the_content_of_the_users_file(tmp_path):
     for text in ("one", "two", "one"):
         file.write_text(text)
         asked = Trial(
-            task="text", task_options={"file": str(file)}, entrant=Entrant("softmax"), seed=0, budget=budget, device="cpu"
+            task="text",
+            task_options={"file": str(file)},
+            entrant=Entrant("softmax"),
+            seed=0,
+            budget=budget,
+            device="cpu",
         )
         keys.append(asked.key)
     assert keys[0] == keys[2] != keys[1]
@@ -100,7 +105,10 @@ def test_seconds_bound_the_training():
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"steps": 0}, "steps: got 0, expected a positive"), ({"warmup": 3}, "budget: got warmup, expected some of steps")],
+    [
+        ({"steps": 0}, "steps: got 0, expected a positive"),
+        ({"warmup": 3}, "budget: got warmup, expected some of steps"),
+    ],
 )
 def test_bad_budgets(changes, message):
     with pytest.raises(CrosslightError, match=message):

@@ -18,7 +18,14 @@ def claim(monkeypatch):
 
     def declare(**fields):
         card, make, defaults = registry._registered["toy-trouble"]
-        defaulted = {"claim": "c", "task": "toy", "metric": "error", "margin": -10.0, "seeds": 2, "budget": {"steps": 2}}
+        defaulted = {
+            "claim": "c",
+            "task": "toy",
+            "metric": "error",
+            "margin": -10.0,
+            "seeds": 2,
+            "budget": {"steps": 2},
+        }
         changed_card = dataclasses.replace(card, evidence=Evidence(**{**defaulted, **fields}))
         monkeypatch.setitem(registry._registered, "toy-trouble", (changed_card, make, defaults))
 

@@ -15,6 +15,12 @@ from crosslight.errors import CrosslightError
 N, M = 203, 203
 
 
+@pytest.fixture(autouse=True)
+def _tiles_at_any_length(monkeypatch):
+    """Short calls would be computed densely."""
+    monkeypatch.setattr(sparse, "TINY", 0)
+
+
 def half(n: int) -> torch.Tensor:
     """Key padding of two entries: about half of the first, all of the second."""
     keep = torch.rand(2, n) < 0.5
@@ -284,6 +290,21 @@ def test_pays_where_most_is_hidden():
         assert sparse.pays(masks.window(8), False, 16, 16)
     with backend("sdpa"):
         assert not sparse.pays(masks.window(128), False, 8192, 8192)
+
+
+def test_short_calls_are_dense(monkeypatch):
+    monkeypatch.setattr(sparse, "TINY", 1 << 14)
+    monkeypatch.setattr(sparse, "_Planned", None)
+    monkeypatch.setattr(routed, "_Routed", None)
+    inputs, mask = qkv(n=100, m=100), masks.window(5)
+    chosen = choice(100, 7, 2)
+    got = sparse.attend(*inputs, mask=mask), *sparse.attend_with_lse(*inputs, mask=mask)
+    more = routed.attend(*inputs, chosen, 16)
+    monkeypatch.undo()
+    with backend("gather"):
+        agree(got, [sparse.attend(*inputs, mask=mask), *sparse.attend_with_lse(*inputs, mask=mask)])
+        wanted = routed.attend(*inputs, chosen, 16)
+        agree([more[0], more[1].exp()], [wanted[0], wanted[1].exp()])
 
 
 # Memory -------------------------------------------------------------------------------------------------------------

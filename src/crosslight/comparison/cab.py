@@ -10,7 +10,8 @@ or not)? The four patterns are those of `crosslight compare`, which runs one tas
 x_t(e) is the mean over seeds of entrant e's metric on task t; mean and standard deviation (of the population) run over
 the entrants of the task. The index does not change when a metric is rescaled by a positive slope and an offset. Where
 all entrants are equal, z is 0. An entrant without a result on a task (its trials diverged or failed, or it lacks the
-pattern) has no index over tasks that include it: its index is over the tasks it has, and ``tasks`` says how many.
+pattern) is left out there: its index is over the tasks it has, ``tasks`` says how many, and it stands below those that
+have more, because indices over different tasks do not compare.
 """
 
 from __future__ import annotations
@@ -71,5 +72,6 @@ def index(board: pd.DataFrame) -> pd.DataFrame:
         columns[task] = sign * (x - x.mean()) / spread if spread > 1e-12 * max(1.0, x.abs().max()) else x * 0.0
     z = pandas.DataFrame(columns)
     table = pandas.DataFrame({"index": z.mean(axis=1), "tasks": z.notna().sum(axis=1)}).join(z)
-    order = (-table["index"]).round(12).sort_values(kind="stable").index  # equals stay in the board's order
-    return table.loc[order].rename_axis("label").reset_index()
+    table["_rank"] = (-table["index"]).round(12)  # equals stay in the board's order
+    table = table.sort_values(["tasks", "_rank"], ascending=[False, True], kind="stable").drop(columns="_rank")
+    return table.rename_axis("label").reset_index()

@@ -155,6 +155,7 @@ def _row(row: dict[str, Any], trials: Any, weights: Path | None) -> dict[str, An
     return {
         "id": row["id"],
         "label": row["label"],
+        "options": row["label"].removeprefix(row["id"]).strip("()"),
         "baseline": _group(row["id"]) == "baseline",
         "mean": _number(row["mean"]),
         "spread": _number(row["spread"]),
@@ -234,7 +235,19 @@ def _inks(names: Sequence[str]) -> dict[str, int]:
 
 
 def _for_script(task: Mapping[str, Any]) -> dict[str, Any]:
-    wanted = ("id", "label", "baseline", "mean", "spread", "parameters", "flops", "memory", "step_ms", "maps")
+    wanted = (
+        "id",
+        "label",
+        "options",
+        "baseline",
+        "mean",
+        "spread",
+        "parameters",
+        "flops",
+        "memory",
+        "step_ms",
+        "maps",
+    )
     return {
         **{k: task[k] for k in ("name", "title", "metric", "higher")},
         "rows": [{k: row[k] for k in wanted} for row in task["rows"]],

@@ -60,7 +60,7 @@ def attend(
         (batch, heads, n, value_dim) and (batch, heads, n); 0 and -inf for queries with nothing to read.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if forced() == "reference":
+    if forced() == "reference" or sparse.tiny(q, k):
         rule: Mask = masks.Pairs(visible(chosen, block_size, k.shape[2]))
         rule = rule if mask is None else rule & mask
         return sparse.attend_with_lse(q, k, v, mask=rule if always is None else rule | always, scale=scale)
@@ -149,20 +149,22 @@ class _Work:
             yield first, stop, _group(self.chosen[first:stop], self.blocks)
 
     def chunks(self, first: int, groups: _Groups) -> Iterator[tuple[slice, Tensor, Tensor, tiles.Hidden | None]]:
-        """Of a turn that starts at head ``first``: tiles, their queries, their blocks in the table, what is hidden."""
-        step = max(1, sparse.CHUNK // (groups.query.shape[1] * self.size))
-        for start in range(0, groups.query.shape[0], step):
-            here = slice(start, start + step)
-            head = groups.head[here] + first
-            batch, head = head // self.heads, head % self.heads
-            kv = batch * self.kv_heads + head // (self.heads // self.kv_heads)
-            query = groups.query[here].clamp(min=0)
-            hidden = self._hidden(batch, head, query % self.n, groups.block[here])
-            yield here, query.flatten(), kv * self.blocks + groups.block[here], hidden
+        """Of a turn that starts at head ``first``: the rows of a few tiles, their queries, their blocks in the table, and
+        what is hidden."""
+        count, rows = groups.query.shape
+        head = groups.head + first
+        batch, head = head // self.heads, head % self.heads
+        block = (batch * self.kv_heads + head // (self.heads // self.kv_heads)) * self.blocks + groups.block
+        query = groups.query.clamp(min=0)
+        step = max(1, sparse.CHUNK // (rows * self.size))
+        for start in range(0, count, step):
+            here = slice(start, min(start + step, count))
+            hidden = None
+            if self.rule is not None or self.m % self.size:
+                hidden = self._hidden(batch[here], head[here], query[here] % self.n, groups.block[here])
+            yield slice(here.start * rows, here.stop * rows), query[here].flatten(), block[here], hidden
 
-    def _hidden(self, b: Tensor, h: Tensor, i: Tensor, block: Tensor) -> tiles.Hidden | None:
-        if self.rule is None and self.m % self.size == 0:
-            return None
+    def _hidden(self, b: Tensor, h: Tensor, i: Tensor, block: Tensor) -> tiles.Hidden:
         j = (block[:, None] * self.size + torch.arange(self.size, device=self.device))[:, None]
         seen = j < self.m
         if self.rule is not None:
@@ -212,8 +214,7 @@ def _forward(
             here_q, rows = flat_q[first:stop].reshape(-1, q.shape[3]), groups.query.shape[1]
             part = _buffer(part, groups.query.numel(), v.shape[3])
             part_lse = part.new_full((groups.query.numel() + 1,), -math.inf)  # the last is that of the choice -1
-            for here, query, block, hidden in work.chunks(first, groups):
-                filled = slice(here.start * rows, here.start * rows + query.shape[0])
+            for filled, query, block, hidden in work.chunks(first, groups):
                 _, row_lse = tiles.forward(
                     here_q.index_select(0, query).to(work.dtype).view(1, -1, 1, rows, q.shape[3]),
                     table_k.index_select(0, block).to(work.dtype)[None],
@@ -274,16 +275,18 @@ def _backward(
             # What the softmax of a tile must be multiplied with to become that of the whole row.
             weight = part.new_zeros(groups.query.numel() + 1)
             weight[groups.row] = flat_share[first:stop, :, 1:].reshape(groups.row.shape)
-            for here, query, block, hidden in work.chunks(first, groups):
-                filled = slice(here.start * rows, here.start * rows + query.shape[0])
-                w = weight[filled]
+            rest = here_delta[groups.query.flatten()] * weight[:-1]  # weight is 0 in empty rows, the last of a query
+            for filled, query, block, hidden in work.chunks(first, groups):
                 _, grad_k, grad_v = tiles.backward(
                     here_q.index_select(0, query).to(work.dtype).view(1, -1, 1, rows, q.shape[3]),
                     table_k.index_select(0, block).to(work.dtype)[None],
                     table_v.index_select(0, block).to(work.dtype)[None],
                     hidden,
-                    (here_grad.index_select(0, query) * w[:, None]).view(1, -1, 1, rows, v.shape[3]),
-                    (here_delta.index_select(0, query) * w).view(1, -1, 1, rows),
+                    here_grad.index_select(0, query)
+                    .to(work.dtype)
+                    .mul_(weight[filled, None])
+                    .view(1, -1, 1, rows, v.shape[3]),
+                    rest[filled].view(1, -1, 1, rows),
                     into=part[filled].view(-1, rows, q.shape[3]),
                 )
                 table_by_k.flatten(1).index_add_(0, block, grad_k.view(block.shape[0], -1))

@@ -37,6 +37,8 @@ __all__ = ["attend", "attend_with_lse", "merge", "pays", "plan"]
 CHUNK = 1 << 19
 #: Below this many pairs the dense way is fast whatever the mask.
 SMALL = 1 << 20
+#: Up to this many pairs even what has to be sparse is computed densely: tiles cost more calls than they save work.
+TINY = 1 << 14
 #: A plan pays where it computes less than this share of all pairs.
 SHARE = 0.6
 
@@ -76,7 +78,7 @@ def attend(
         causal: query i reads keys j <= i.
         scale: 1/sqrt(dim) unless given.
     """
-    if forced() in ("reference", "sdpa"):
+    if forced() in ("reference", "sdpa") or tiny(q, k):
         return dense.attend(q, k, v, mask=mask, causal=causal, scale=scale)
     return _attend(q, k, v, mask, causal, scale, want_lse=False)[0]
 
@@ -91,7 +93,7 @@ def attend_with_lse(
 def _attend(q, k, v, mask, causal, scale, want_lse):
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     rule = masks.join(masks.Causal() if causal else None, mask)
-    if forced() == "reference":
+    if forced() == "reference" or tiny(q, k):
         return _reference(q, k, v, rule, scale)
     if forced() == "flex" or (forced() == "auto" and q.is_cuda):
         from crosslight.engines import flex
@@ -108,6 +110,11 @@ def _attend(q, k, v, mask, causal, scale, want_lse):
     if torch.compiler.is_compiling():
         return _planned_operator(q, k, v, tensors, text, scale, want_lse)
     return _Planned.apply(q, k, v, tensors, text, scale, want_lse)
+
+
+def tiny(q: Query, k: Key) -> bool:
+    """Whether a call is so short that the matrix is the fastest way."""
+    return forced() == "auto" and q.shape[2] * k.shape[2] <= TINY
 
 
 def pack(mask: Mask | None) -> tuple[str, list[Tensor]]:

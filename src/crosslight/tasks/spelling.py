@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import math
 import warnings
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -22,6 +23,15 @@ from crosslight.tasks.trunk import EncoderDecoder
 PAD, START, END = 0, 1, 2
 
 
+def _functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Functions in the order of the source; expressions, most of a tree, hold none."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.excepthandler):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield child
+            yield from _functions(child)
+
+
 @cache
 def pairs(held_out: bool) -> tuple[tuple[str, str], ...]:
     """(docstring, name) of every documented function, without repetition, in the order of the sources."""
@@ -30,8 +40,8 @@ def pairs(held_out: bool) -> tuple[tuple[str, str], ...]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
             tree = ast.parse(path.read_bytes())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("__"):
+        for node in _functions(tree):
+            if not node.name.startswith("__"):
                 doc = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
                 if doc:
                     found[doc, node.name] = None

@@ -226,7 +226,7 @@
 
     const drawTokens = (example, rows, columns, read, most, layer) => {
       const asking = make("div", { className: "tokens ask" }, ...Array.from({ length: layer.n }, (_, i) => make("span", {
-        textContent: rows[i] === " " ? "\u00a0" : name(rows, i), className: i === now.query ? "now" : "", onclick: () => { now.query = i; drawQuery(); },
+        textContent: rows[i] === " " ? "\u00a0" : name(rows, i), className: `${i === now.query ? "now" : ""} ${name(rows, i).length > 1 ? "word" : ""}`, onclick: () => { now.query = i; drawQuery(); },
       })));
       const reading = make("div", { className: "tokens" }, ...Array.from(read, (w, j) => {
         const e = make("span", { textContent: columns[j] === " " ? "\u00a0" : name(columns, j), title: short(w) });
@@ -257,7 +257,7 @@
         const [least, most] = [Math.min(...wide), Math.max(...wide)].map((x) => short(x));
         const spread = wide.length ? `reads ${least === most ? most : `${least} to ${most}`} of ${row.layers[0].m} tokens` : "";
         const source = now.task.rows.find((r) => r.label === row.label);
-        const title = make("h3", {}, make("i", { className: `ink ${ink(row.label)}` }), row.label.replace("(", "\u200b("));
+        const title = make("h3", {}, make("i", { className: `ink ${ink(row.label)}` }), make("span", {}, source.id, make("small", { textContent: source.options })));
         const text = source.mean === null ? "" : `${now.task.metric} ${short(source.mean, 3)}`;
         strip.append(make("div", {}, title, make("p", {}, text, make("br"), spread)));
         const layers = make("div", { className: "layers" }, ...row.layers.map((layer, l) => {
