@@ -1,6 +1,6 @@
 """Queries of two lengths: the current item, and the mean of the last few, each with an attention block of its own.
 
-Zhu, Huang, Qian, Jiang, Jia, Zhang and Shi, "Collaboration and Transition: Distilling Item Transitions into Multi-Query
+Zhu et al., "Collaboration and Transition: Distilling Item Transitions into Multi-Query
 Self-Attention for Sequential Recommendation", 2023, arXiv 2311.01056.
 
     for each branch, L = 1 (short) and L > 1 (long):
