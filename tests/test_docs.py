@@ -92,8 +92,6 @@ def sample_files(folder: Path) -> None:
     g = torch.Generator().manual_seed(0)
     load = torch.sin(torch.arange(hours) / 4) + 0.1 * torch.randn(hours, generator=g)
     price = torch.roll(load, 3) + 0.1 * torch.randn(hours, generator=g)
-    rows = [
-        f"2026-01-{1 + h // 24:02d} {h % 24:02d}:00:00,{load[h]:.4f},{price[h]:.4f}" for h in range(hours)
-    ]
+    rows = [f"2026-01-{1 + h // 24:02d} {h % 24:02d}:00:00,{load[h]:.4f},{price[h]:.4f}" for h in range(hours)]
     (folder / "prices.csv").write_text("date,load,price\n" + "\n".join(rows) + "\n")
     (folder / "notes.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 500)

@@ -87,8 +87,12 @@ def test_inside_a_model_strength_zero_and_leaving_change_nothing():
     from transformers import LlamaConfig, LlamaModel
 
     config = LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=5,
-        num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=5,
+        num_attention_heads=2,
+        num_key_value_heads=2,
     )
     model = LlamaModel(config).eval()
     ids = torch.arange(10)[None]

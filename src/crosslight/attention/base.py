@@ -274,7 +274,8 @@ class Core(nn.Module):
             head_dim = dim // heads
         core = cls(heads, head_dim, **own)
         return (cls.layer or AttentionLayer)(
-            core, dim, kv_heads=kv_heads, context_dim=context_dim, bias=bias, position=position)
+            core, dim, kv_heads=kv_heads, context_dim=context_dim, bias=bias, position=position
+        )
 
 
 @dataclass

@@ -56,7 +56,7 @@ CARD = Card(
     "the gate alone picks the top_k blocks. Means are taken over the keys that padding keeps. The cost holds "
     "for a block size that grows with sqrt(n); at a fixed one the gate is n^2 / block_size.",
     evidence=Evidence(
-        claim="Key-value needle retrieval: the quarter of the keys that the gate picks beats a sliding window of as many",
+        claim="Key-value needle retrieval: the quarter of the keys that the gate picks beats a window of as many",
         task="zoology-mqar",
         metric="accuracy",
         margin=0.3,

@@ -149,8 +149,8 @@ class _Work:
             yield first, stop, _group(self.chosen[first:stop], self.blocks)
 
     def chunks(self, first: int, groups: _Groups) -> Iterator[tuple[slice, Tensor, Tensor, tiles.Hidden | None]]:
-        """Of a turn that starts at head ``first``: the rows of a few tiles, their queries, their blocks in the table, and
-        what is hidden."""
+        """Of a turn that starts at head ``first``: the rows of a few tiles, their queries, their blocks in the table,
+        and what is hidden."""
         count, rows = groups.query.shape
         head = groups.head + first
         batch, head = head // self.heads, head % self.heads

@@ -82,9 +82,7 @@ class HeadImportance:
         model, inputs = small_host()
         return cls(**options), {"model": model, "batches": [inputs], "loss": lambda m, x: m(x).square().sum((1, 2))}
 
-    def __call__(
-        self, model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]
-    ) -> Reading:
+    def __call__(self, model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor]) -> Reading:
         """One forward and backward pass over ``batches``.
 
         Args:
