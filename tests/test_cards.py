@@ -50,7 +50,9 @@ def test_a_card_from_a_newer_index_still_reads():
 @functools.cache
 def rows() -> list[Card]:
     registry.load_all()
-    return [registry.card(id) for id in registry.ids()]
+    # Other tests register cards of their own in the same process.
+    ours = [id for id in registry.ids() if registry.factory(id)[0].__module__.startswith("crosslight.")]
+    return [registry.card(id) for id in ours]
 
 
 each = pytest.mark.parametrize("row", rows(), ids=lambda row: row.id)
@@ -87,8 +89,9 @@ def test_the_card_says_what_it_must(row):
 def test_its_evidence_can_be_run(row):
     if row.evidence is None:
         return
-    task = tasks.get(row.evidence.task, **row.evidence.task_options)
-    assert row.evidence.baseline in (*task.companions, *registry.ids())
+    for name in row.evidence.task.split(","):
+        task = tasks.get(name, **row.evidence.task_options)
+        assert row.evidence.baseline in (*task.companions, *registry.ids())
     for id, options in ((row.id, row.evidence.options), (row.evidence.baseline, row.evidence.baseline_options)):
         if id in registry.ids():
             known = registry.options(registry.factory(id)[0])

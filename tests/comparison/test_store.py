@@ -97,7 +97,12 @@ def test_killed_at_any_moment(tmp_path, workers, how):
     script.write_text(SCRIPT.format(here=str(Path(__file__).parent), out=str(out)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, str(script), str(workers)], env=environment, stderr=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, str(script), str(workers)],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        # A suite that runs in the background ignores SIGINT, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     path = out / "trials.jsonl"
     deadline = time.monotonic() + 90
