@@ -132,7 +132,8 @@ def create(id: str, *, preset: str | None = None, **options: Any) -> Any:
 
     Args:
         id: as in the catalogue, for example ``"moba"``.
-        preset: a published size, where the system has some (``crosslight show ID`` lists them).
+        preset: a published size, where the system has some (``crosslight show ID`` lists them). Of a layer whose
+            paper builds a network of it, the network (the class's ``network``).
         options: constructor arguments; for kind token at least ``dim`` and ``heads``, then the mechanism's own.
 
     Raises:
@@ -141,6 +142,7 @@ def create(id: str, *, preset: str | None = None, **options: Any) -> Any:
     """
     make, defaults = factory(id)
     if preset is not None:
+        make = getattr(make, "network", make)
         presets = getattr(make, "presets", {})
         expect(preset in presets, "preset", repr(preset), f"one of {', '.join(presets) or 'none, it has no presets'}")
         options = {**presets[preset], **options}
@@ -213,7 +215,7 @@ def build_index(evidence: Path | None = None) -> dict[str, dict[str, Any]]:
                 | {
                     "module": module.__name__,
                     "doc": (module.__doc__ or "").strip(),
-                    "presets": sorted(getattr(make, "presets", {})),
+                    "presets": sorted(getattr(getattr(make, "network", make), "presets", {})),
                     "options": options(make),
                     "status": status,
                     "result": result,

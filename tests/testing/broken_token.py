@@ -39,6 +39,14 @@ class Plain(Core):
         return dense.weights(q, k, mask=mask, causal=causal)
 
 
+class WrongSize(Plain):
+    """Its network has other sizes than were published."""
+
+    class network(nn.Linear):
+        presets = {"tiny": {"in_features": 4, "out_features": 1}}
+        published = {"tiny": 7}
+
+
 class PlainLayer(Mechanism):
     """Nothing wrong with it, and no core."""
 
@@ -291,4 +299,5 @@ TOKEN = {
     "no_quadratic_tensor": [LinearOnPaper, DenseWhenMasked],
     "work_grows_as_declared": [LinearOnPaper, QuadraticOnPaper],
     "heads_may_be_grouped": [CountsItsKeyHeads],
+    "published_sizes": [WrongSize],
 }

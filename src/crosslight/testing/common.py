@@ -93,14 +93,15 @@ def twice(module: nn.Module, output: Callable[[Any], Tensor], of: Sequence[Tenso
 
 def published_sizes(make: Any, card: Card) -> None:
     """Every preset builds (on the meta device), and has as many parameters as were published for it."""
-    presets, published = getattr(make.cls, "presets", {}), getattr(make.cls, "published", {})
+    network = getattr(make.cls, "network", make.cls)
+    presets, published = getattr(network, "presets", {}), getattr(network, "published", {})
     if not presets:
         raise Skip("it has no presets")
     unknown = sorted(set(published) - set(presets))
     assert not unknown, f"published sizes of {', '.join(unknown)}, which are no presets"
     for name, options in presets.items():
         with torch.device("meta"):
-            model = make.cls(**options)
+            model = network(**options)
         count = sum(p.numel() for p in model.parameters())
         assert name not in published or count == published[name], (
             f"{name} has {count} parameters, not {published[name]}"

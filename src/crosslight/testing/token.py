@@ -18,8 +18,10 @@ from crosslight.engines import masks
 from crosslight.engines.backend import Backend, backend
 from crosslight.errors import CrosslightError, UnsupportedPattern
 from crosslight.testing import flops
-from crosslight.testing.common import EXACT, close, differentiable, gradients, refused, restored, twice
+from crosslight.testing.common import EXACT, close, differentiable, gradients, published_sizes, refused, restored, twice
 from crosslight.testing.suite import Make, Skip, declare
+
+declare("token")(published_sizes)
 
 FAST_AND_SLOW: tuple[Backend, Backend] = ("auto", "reference")
 
