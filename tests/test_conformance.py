@@ -1,4 +1,7 @@
-"""Every registered system holds the contract of its kind: one test for each row and check."""
+"""Every registered system holds the contract of its kind: one test for each row and check.
+
+On another device: ``pytest tests/test_conformance.py --device cuda``.
+"""
 
 import functools
 
@@ -14,7 +17,7 @@ def cases():
 
 
 @pytest.mark.parametrize(("id", "check"), cases())
-def test_conforms(id, check):
-    (outcome,) = testing.check(id, only=check)
+def test_conforms(id, check, device):
+    (outcome,) = testing.check(id, only=check, device=device)
     if outcome.result == "skipped":
         pytest.skip(outcome.why)

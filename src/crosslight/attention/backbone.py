@@ -1,8 +1,8 @@
 """What the vision backbones of this room share: a pyramid of stages, the pre-norm block, the MLP.
 
 A row whose paper builds a network of its layer sets ``network`` on its layer class: a subclass of `Pyramid` (or any
-module) with ``presets`` and ``published`` parameter counts, which ``create(id, preset=...)`` builds. What only one paper
-has (its stem, its block's extra convolutions) stays in that row's file.
+module) with ``presets`` and ``published`` parameter counts, which ``create(id, preset=...)`` builds. What only one
+paper has (its stem, its block's extra convolutions) stays in that row's file.
 """
 
 from __future__ import annotations

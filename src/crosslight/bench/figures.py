@@ -19,7 +19,7 @@ from crosslight.bench.calls import Call, Prepared, Setting, Unsupported
 from crosslight.bench.curves import growth
 from crosslight.bench.machine import machine
 from crosslight.cards import Card
-from crosslight.errors import CrosslightError
+from crosslight.errors import CrosslightError, require
 from crosslight.tasks.base import Entrant
 
 K = 1024
@@ -125,6 +125,8 @@ def lightning(bench: _Bench) -> Iterator[Figure]:
     )
     name = "dense causal SDPA over lightning-attention at 8,192, forward + backward"
     yield Figure(name, "at least", 8, taken["sdpa"].ratio(taken["lightning"]), detail=_times(taken))
+    if bench.on_gpu:
+        yield from _fla(bench, setting)
     lengths = [k * K for k in (4, 8, 16, 32, 64)]
     calls = {str(n): bench.call("lightning-attention", n, **setting) for n in lengths}
     taken = bench.times(30, **calls)
@@ -134,6 +136,26 @@ def lightning(bench: _Bench) -> Iterator[Figure]:
     ]
     name = "growth exponent of lightning-attention, 4,096 to 65,536, forward + backward"
     yield Figure(name, "at most", 1.1, statistics.median(exponents), unit="", detail=_times(taken))
+
+
+def _fla(bench: _Bench, setting: dict[str, Any]) -> Iterator[Figure]:
+    """Against the Triton kernel of flash-linear-attention."""
+    for n in (8 * K, 64 * K):
+        taken = bench.times(lightning=bench.call("lightning-attention", n, **setting), fla=_fla_call(n, bench.device))
+        name = f"lightning-attention over fla's kernel at {n:,}, forward + backward"
+        yield Figure(name, "at most", 1.3, taken["lightning"].ratio(taken["fla"]), detail=_times(taken))
+
+
+def _fla_call(n: int, device: str) -> Call:
+    kernel = require("fla.ops.lightning_attn", "gpu").chunk_lightning_attn
+    shape = (1, n, SIZES["heads"], SIZES["dim"] // SIZES["heads"])  # tokens before heads
+    streams = [torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+
+    def both() -> Any:
+        out = kernel(*streams, 0, 1, scale=1.0)[0]
+        return torch.autograd.grad(out, streams, torch.ones_like(out))
+
+    return both
 
 
 def extra_memory(bench: _Bench) -> Iterator[Figure]:

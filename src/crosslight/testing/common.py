@@ -81,6 +81,7 @@ def restored(module: nn.Module, other: nn.Module, output: Callable[[Any], Tensor
 def twice(module: nn.Module, output: Callable[[Any], Tensor], of: Sequence[Tensor]) -> None:
     """``module`` gives the same output and gradients compiled, in one graph."""
     torch._dynamo.reset()
+    torch.set_default_device(None)  # under which no graph would be whole
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=False)
     results = []
     for run in (module, compiled):

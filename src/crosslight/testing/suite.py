@@ -192,6 +192,16 @@ def _seed(seed: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _made_on(device: torch.device | str) -> Iterator[None]:
+    """Tensors and modules are made there."""
+    torch.set_default_device(None if torch.device(device).type == "cpu" else device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
 def _settled(system: Any, dtype: torch.dtype | None) -> Any:
     if not isinstance(system, nn.Module) or dtype is None:
         return system
@@ -214,6 +224,7 @@ def check(
     only: str | Collection[str] | None = None,
     skip: str | Collection[str] | None = None,
     options: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Report:
     """Hold a system to the contract of its kind.
 
@@ -222,6 +233,7 @@ def check(
         only: the checks to run, all that apply unless given.
         skip: checks to leave out.
         options: constructor options, over those of ``card.small``.
+        device: where the system and its input are made.
 
     Returns:
         The outcome of every check that was run.
@@ -245,7 +257,8 @@ def check(
             report.append(Outcome(name, "skipped", exempt[name]))
             continue
         try:
-            function(make, card)
+            with _made_on(device):
+                function(make, card)
         except Skip as reason:
             report.append(Outcome(name, "skipped", str(reason)))
         except Exception as error:
