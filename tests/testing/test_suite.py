@@ -65,6 +65,7 @@ def test_an_instance_is_held_as_it_is_and_left_alone():
         "context_has_its_own_width",
         "uneven_heads_are_refused",
         "heads_may_be_grouped",
+        "published_sizes",
     }
     assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
     with pytest.raises(testing.ConformanceError):

@@ -21,8 +21,6 @@ from crosslight.testing import flops
 from crosslight.testing.common import EXACT, close, differentiable, gradients, published_sizes, refused, restored, twice
 from crosslight.testing.suite import Make, Skip, declare
 
-declare("token")(published_sizes)
-
 FAST_AND_SLOW: tuple[Backend, Backend] = ("auto", "reference")
 
 
@@ -481,3 +479,6 @@ def heads_may_be_grouped(make: Make, card: Card, pattern: str) -> None:
             own[name] = torch.cat([own[name]] * 2)
     full.load_state_dict(own)
     close(call(full), y, "output with repeated heads")
+
+
+declare("token")(published_sizes)
