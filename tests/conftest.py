@@ -1,5 +1,7 @@
 """Shared by all tests: one thread (tests run in parallel) and a torchvision that imports without its C operators."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,9 +9,13 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--device", default="cpu", help="for test_conformance.py and test_accelerator.py: cpu, cuda"
-    )
+    parser.addoption("--device", default="cpu", help="for test_conformance.py and test_accelerator.py: cpu, cuda")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """test_accelerator.py needs one; None leaves the rest to pytest."""
+    on_cpu = config.getoption("--device") == "cpu"
+    return True if on_cpu and collection_path.name == "test_accelerator.py" else None
 
 
 @pytest.fixture(scope="session")

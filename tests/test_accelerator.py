@@ -39,8 +39,6 @@ def _error(a, b):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("id", "pattern"), cases())
 def test_output_and_gradient_are_those_of_float64(id, pattern, dtype, device):
-    if device.type == "cpu":
-        pytest.skip("runs with --device cuda")
     attn = testing.suite.Maker(id)(dim=128, heads=2).to(dtype)
     x = torch.randn(1, N, 128).to(dtype)
     context = torch.randn(1, M, attn.context_dim).to(dtype) if pattern.endswith("cross") else None
