@@ -150,3 +150,91 @@ def test_ema_that_forgets_at_once():
     y = recurrent.ema(x, DampedEMA(alpha, one, one, one))
     assert torch.allclose(y, x)
     assert torch.autograd.grad(y.sum(), alpha)[0].isfinite().all()
+
+
+def selective(n=37, channels=3, states=4, batch=2):
+    """x, delta, A, B, C and the state before the first token."""
+    x, delta = torch.randn(batch, n, channels, dtype=DOUBLE), torch.rand(batch, n, channels, dtype=DOUBLE)
+    A, (B, C) = -torch.rand(channels, states, dtype=DOUBLE), torch.randn(2, batch, n, states, dtype=DOUBLE)
+    return x, delta, A, B, C, torch.randn(batch, channels, states, dtype=DOUBLE)
+
+
+def selective_loop(x, delta, A, B, C, h):
+    out = []
+    for t in range(x.shape[1]):
+        h = torch.exp(delta[:, t, :, None] * A) * h + torch.einsum("bc,bs,bc->bcs", delta[:, t], B[:, t], x[:, t])
+        out.append(torch.einsum("bs,bcs->bc", C[:, t], h))
+    return torch.stack(out, 1), h
+
+
+@pytest.mark.parametrize("n", [1, 2, 16, 37])
+def test_selective_scan_is_the_loop(n, monkeypatch):
+    given = selective(n)
+    expected = selective_loop(*given)
+    for held in (1, 1 << 18):  # in chunks of 16 tokens, and all at once
+        monkeypatch.setattr(recurrent, "STATES", held)
+        for got, want in zip(recurrent.selective_scan(*given), expected, strict=True):
+            assert torch.allclose(got, want, atol=1e-12)
+    with backend("reference"):
+        for got, want in zip(recurrent.selective_scan(*given), expected, strict=True):
+            assert torch.allclose(got, want, atol=1e-12)
+
+
+def test_selective_scan_gradients(monkeypatch):
+    monkeypatch.setattr(recurrent, "STATES", 1)
+    given = [t.requires_grad_() for t in selective(21, 2, 3)]
+    assert torch.autograd.gradcheck(recurrent.selective_scan, given, fast_mode=True)
+
+
+def test_selective_scan_by_steps():
+    x, delta, A, B, C, h = selective(9)
+    expected, parts = recurrent.selective_scan(x, delta, A, B, C, h)[0], []
+    for t in range(9):
+        now = slice(t, t + 1)
+        y, h = recurrent.selective_scan(x[:, now], delta[:, now], A, B[:, now], C[:, now], h)
+        parts.append(y)
+    assert torch.allclose(torch.cat(parts, 1), expected, atol=1e-12)
+
+
+def test_selective_weights_are_its_matrix():
+    x, delta, A, B, C, _ = selective(19)
+    read = recurrent.selective_weights(delta, A, B, C) @ x.transpose(1, 2).unsqueeze(-1)
+    assert torch.allclose(read.squeeze(-1).transpose(1, 2), recurrent.selective_scan(x, delta, A, B, C)[0], atol=1e-12)
+
+
+def test_selective_scan_keeps_no_states():
+    """n * channels * states elements at no time, forwards or backwards."""
+    from crosslight.testing.flops import Meter
+
+    given = [t.float().requires_grad_() for t in selective(2048, 32, 16, 1)]
+    with Meter() as meter:
+        recurrent.selective_scan(*given)[0].sum().backward()
+    assert meter.largest <= 2048 * 32 * 16 / 4
+
+
+def test_selective_scan_is_mambas():
+    """The slow path of transformers' Mamba, with its own weights around the scan."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
+    config = transformers.MambaConfig(hidden_size=8, state_size=4, time_step_rank=2, num_hidden_layers=1)
+    theirs, u = MambaMixer(config, layer_idx=0).double(), torch.randn(2, 11, 8, dtype=DOUBLE)
+    with torch.no_grad():
+        expected = theirs.slow_forward(u)
+        x, z = theirs.in_proj(u).chunk(2, -1)
+        x = torch.nn.functional.silu(theirs.conv1d(x.transpose(1, 2))[..., :11]).transpose(1, 2)
+        step, B, C = theirs.x_proj(x).split([2, 4, 4], -1)
+        delta = torch.nn.functional.softplus(theirs.dt_proj(step))
+        y = recurrent.selective_scan(x, delta, -theirs.A_log.exp(), B, C)[0] + theirs.D * x
+        ours = theirs.out_proj(y * torch.nn.functional.silu(z))
+    assert torch.allclose(ours, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("grid", [(5, 7), (1, 9), (8, 1)])
+def test_fft_conv2d_is_the_padded_convolution(grid):
+    x, kernel = torch.randn(2, 3, *grid, dtype=DOUBLE), torch.randn(3, *grid, dtype=DOUBLE)
+    padded = torch.nn.functional.pad(x, (grid[1] - 1, 0, grid[0] - 1, 0))
+    expected = torch.nn.functional.conv2d(padded, kernel.flip(-1, -2).unsqueeze(1), groups=3)
+    assert torch.allclose(recurrent.fft_conv2d(x, kernel), expected, atol=1e-12)
+    with backend("reference"):
+        assert torch.allclose(recurrent.fft_conv2d(x, kernel), expected, atol=1e-12)

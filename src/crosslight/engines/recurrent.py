@@ -1,4 +1,5 @@
-"""Recurrences and long convolutions: a first-order scan, convolution by FFT, and the damped moving average of Mega.
+"""Recurrences and long convolutions: a first-order scan, selective state spaces, convolution by FFT over a sequence or
+a map, and the damped moving average of Mega.
 
 A linear recurrence with constant coefficients is a convolution, so the same operator has two fast forms: `fft_conv`
 where the whole sequence is known, and a step with an explicit state where tokens arrive one by one. Coefficients that
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from crosslight.engines.backend import forced
 from crosslight.errors import expect
@@ -97,6 +99,114 @@ def _pairs(a: Tensor, b: Tensor, dim: int) -> Tensor:
     return h
 
 
+#: States that `selective_scan` holds at a time, over batch, tokens and channels: they should fit into a processor's
+#: cache. Accelerators take 64 times as many.
+STATES = 1 << 18
+
+
+def selective_scan(
+    x: Float[Tensor, "batch n channels"],
+    delta: Float[Tensor, "batch n channels"],
+    A: Float[Tensor, "channels states"],
+    B: Float[Tensor, "batch n states"],
+    C: Float[Tensor, "batch n states"],
+    initial: Float[Tensor, "batch channels states"] | None = None,
+) -> tuple[Float[Tensor, "batch n channels"], Float[Tensor, "batch channels states"]]:
+    """The selective state space of Mamba, S6 (Gu, Dao 2023, arXiv 2312.00752), and its state after the last token:
+
+        h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t,    y_t = C_t^T h_t
+
+    in each channel over ``states`` states, A negative, delta not negative. Chunk by chunk: only the state at the head
+    of each chunk is kept for the backward pass, never the states of all tokens. A step of decoding is a call with one
+    token. Sums are at least in float32. The backward pass has no derivative of its own but by the reference backend.
+    """
+    dtype = x.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    x, delta, A, B, C = (t.to(wide) for t in (x, delta, A, B, C))
+    h = x.new_zeros(x.shape[0], *A.shape) if initial is None else initial.to(wide)
+    if x.shape[1] == 1 or forced() == "reference":
+        a, fresh = _selected(x, delta, A, B)
+        states = scan(a, fresh, initial=h)
+        y, h = _read_states(states, C), states[:, -1]
+    else:
+        y, h = _Selective.apply(x, delta, A, B, C, h)
+    return y.to(dtype), h
+
+
+def selective_weights(
+    delta: Float[Tensor, "batch n channels"],
+    A: Float[Tensor, "channels states"],
+    B: Float[Tensor, "batch n states"],
+    C: Float[Tensor, "batch n states"],
+) -> Float[Tensor, "batch channels n n"]:
+    """The matrix of each channel that `selective_scan` stands for: C_i^T exp(A (delta_{j+1} + ... + delta_i)) B_j
+    delta_j for j <= i. One state at a time, so that no (n, n, states) tensor arises."""
+    total = delta.transpose(1, 2).cumsum(2)
+    later = torch.ones(total.shape[2], total.shape[2], dtype=torch.bool, device=total.device).triu(1)
+    between = (total.unsqueeze(3) - total.unsqueeze(2)).masked_fill(later, 0)
+    weights = torch.zeros_like(between)
+    for state in range(A.shape[1]):
+        pairs = C[:, :, None, state] * B[:, None, :, state]
+        weights = weights + pairs.unsqueeze(1) * (between * A[:, state, None, None]).exp()
+    return (weights * delta.transpose(1, 2).unsqueeze(2)).masked_fill(later, 0)
+
+
+def _selected(x: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Decay and input of every state, (batch, n, channels, states)."""
+    return (delta.unsqueeze(-1) * A).exp(), (delta * x).unsqueeze(-1) * B.unsqueeze(2)
+
+
+def _read_states(states: Tensor, C: Tensor) -> Tensor:
+    return (states @ C.unsqueeze(-1)).squeeze(-1)
+
+
+class _Selective(torch.autograd.Function):
+    """Chunk by chunk, forwards and then backwards in time."""
+
+    @staticmethod
+    def chunks(x: Tensor, states: int) -> list[slice]:
+        room = STATES if x.device.type == "cpu" else 64 * STATES
+        size = max(16, room // (x.shape[0] * x.shape[2] * states))
+        return [slice(i, min(i + size, x.shape[1])) for i in range(0, x.shape[1], size)]
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        heads, ys = [], []
+        for part in _Selective.chunks(x, A.shape[1]):
+            heads.append(h)
+            states = scan(*_selected(x[:, part], delta[:, part], A, B[:, part]), initial=h)
+            ys.append(_read_states(states, C[:, part]))
+            h = states[:, -1].clone()
+        ctx.save_for_backward(x, delta, A, B, C, *heads)
+        return torch.cat(ys, 1), h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Tensor, ...]:
+        x, delta, A, B, C, *heads = ctx.saved_tensors
+        parts = _Selective.chunks(x, A.shape[1])
+        dA, found = torch.zeros_like(A), []
+        for part, head in zip(reversed(parts), reversed(heads), strict=True):
+            x_, d_, B_, C_, dy_ = x[:, part], delta[:, part], B[:, part], C[:, part], dy[:, part]
+            a, fresh = _selected(x_, d_, A, B_)
+            states = scan(a, fresh, initial=head)
+            before = torch.cat([head.unsqueeze(1), states[:, :-1]], 1)
+            # The gradient of a state is what its output asks for and what the next state passes back.
+            later = torch.cat([a[:, 1:], torch.ones_like(a[:, :1])], 1)
+            g = scan(later.flip(1), (dy_.unsqueeze(-1) * C_.unsqueeze(2)).flip(1), initial=dh).flip(1)
+            dh = a[:, 0] * g[:, 0]
+            by_decay = g * before * a
+            dA = dA + (by_decay * d_.unsqueeze(-1)).sum((0, 1))
+            by_input = _read_states(g, B_)  # of delta * x
+            dB = (g * (d_ * x_).unsqueeze(-1)).sum(2)
+            dC = (states * dy_.unsqueeze(-1)).sum(2)
+            found.append((by_input * d_, by_input * x_ + (by_decay * A).sum(-1), dB, dC))
+        dx, ddelta, dB, dC = (torch.cat(side, 1) for side in zip(*reversed(found), strict=True))
+        return dx, ddelta, dA, dB, dC, dh
+
+
 def fft_conv(
     x: Float[Tensor, "batch channels n"],
     kernel: Float[Tensor, "channels taps"],
@@ -120,6 +230,31 @@ def fft_conv(
         kernel = torch.cat([kernel, ahead.flip(-1)], -1)
     product = torch.fft.rfft(x, n=length) * torch.fft.rfft(kernel, n=length)
     return torch.fft.irfft(product, n=length)[..., :n].to(dtype)
+
+
+def fft_conv2d(
+    x: Float[Tensor, "batch channels height width"], kernel: Float[Tensor, "channels height width"]
+) -> Float[Tensor, "batch channels height width"]:
+    """y_ij = sum_{k <= i, l <= j} kernel_{i-k, j-l} x_kl: a kernel as large as the map, one a channel, by the FFT on
+    a map twice as large each way, so that nothing wraps around. In at least float32."""
+    height, width, dtype = *x.shape[-2:], x.dtype
+    if forced() == "reference":
+        return (toeplitz2d(kernel) @ x.flatten(2).unsqueeze(-1)).view_as(x)
+    if dtype in (torch.float16, torch.bfloat16):
+        x, kernel = x.float(), kernel.float()
+    size = tuple(1 if side == 1 else 1 << (2 * side - 1).bit_length() for side in (height, width))
+    product = torch.fft.rfft2(x, s=size) * torch.fft.rfft2(kernel, s=size)
+    return torch.fft.irfft2(product, s=size)[..., :height, :width].to(dtype)
+
+
+def toeplitz2d(kernel: Float[Tensor, "channels height width"]) -> Float[Tensor, "channels n n"]:
+    """The matrix of `fft_conv2d` over the cells in reading order."""
+    height, width = kernel.shape[-2:]
+    cell = torch.arange(height * width, device=kernel.device)
+    down = (cell // width).unsqueeze(1) - cell // width
+    right = (cell % width).unsqueeze(1) - cell % width
+    taken = kernel[:, down.clamp(min=0), right.clamp(min=0)]
+    return taken.masked_fill((down < 0) | (right < 0), 0)
 
 
 def _toeplitz(kernel: Tensor, ahead: Tensor | None, n: int) -> Float[Tensor, "channels n n"]:
