@@ -184,6 +184,11 @@ def _times(t: Tensor, factor: Tensor | None) -> Tensor:
     return t if factor is None else t * factor.to(t.dtype)
 
 
+def _faded_by(log: Tensor) -> Tensor:
+    """exp(log), zero where it is next to nothing: products with subnormal numbers take a processor ten times as long."""
+    return F.threshold(log.exp(), 1e4 * torch.finfo(log.dtype).tiny, 0.0)
+
+
 def _cumulative(log_decay: Tensor, n: int) -> Tensor:
     """Log-decay from the start up to each token: (heads, n) or (batch, heads, n)."""
     g = _wide(log_decay)
@@ -196,7 +201,7 @@ def _within(total: Float[Tensor, "*c n"]) -> Float[Tensor, "*c n n"]:
     """D_ij = exp(total_i - total_j) for j <= i, else 0."""
     n = total.shape[-1]
     later = torch.ones(n, n, dtype=torch.bool, device=total.device).triu(1)
-    return (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(later, -torch.inf).exp()
+    return _faded_by((total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(later, -torch.inf))
 
 
 def _halves(t: Tensor, half: int) -> tuple[Tensor, Tensor]:
@@ -242,7 +247,7 @@ def _faded(q: Tensor, k: Tensor, total: Tensor, half: int) -> tuple[Tensor, Tens
     """Queries of later halves and keys of earlier halves, scaled to the last token of the earlier half."""
     first, second = _halves(total, half)
     edge = first[..., -1:, :]
-    return _times(_halves(q, half)[1], (second - edge).exp()), _times(_halves(k, half)[0], (edge - first).exp())
+    return _times(_halves(q, half)[1], _faded_by(second - edge)), _times(_halves(k, half)[0], _faded_by(edge - first))
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
@@ -270,13 +275,14 @@ class _Segment:
         if g.dim() == 4:
             total = self.total = _chunked(g, size).cumsum(-2)
             last = total[..., -1:, :]
-            self.into, self.out_of, self.across = (last - total).exp(), total.exp(), last.exp().transpose(-1, -2)
+            self.into, self.out_of = _faded_by(last - total), _faded_by(total)
+            self.across = _faded_by(last).transpose(-1, -2)
         else:
             total = _cumulative(g, size)[None, :, None] if g.dim() == 1 else _chunked(g, size).cumsum(-1)
             last = total[..., -1:]
             self.within = _within(total)
-            self.into, self.out_of = (last - total).exp().unsqueeze(-1), total.exp().unsqueeze(-1)
-            self.across = last.exp().unsqueeze(-1).expand(-1, -1, chunks, -1, -1)
+            self.into, self.out_of = _faded_by(last - total).unsqueeze(-1), _faded_by(total).unsqueeze(-1)
+            self.across = _faded_by(last).unsqueeze(-1).expand(-1, -1, chunks, -1, -1)
 
     def scores(self) -> Tensor:
         if self.total is not None:
