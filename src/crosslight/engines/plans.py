@@ -130,8 +130,8 @@ class Plan:
 
     @property
     def work(self) -> float:
-        """What it costs, in scores: a row that is moved costs about as much as 64 scores."""
-        return sum(part.count * (part.area + 64 * (part.queries.rows + part.keys.rows)) for part in self.parts)
+        """What it costs, in scores: a row that is moved costs about as much as 32 scores."""
+        return sum(part.count * (part.area + 32 * (part.queries.rows + part.keys.rows)) for part in self.parts)
 
 
 #: Block sizes that are tried where the caller names none.

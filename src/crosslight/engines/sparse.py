@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["attend", "attend_with_lse", "merge", "pays", "plan"]
 
 #: Scores that are held at a time: they should fit in a core's cache.
-CHUNK = 1 << 19
+CHUNK = 1 << 20
 #: Below this many pairs the dense way is fast whatever the mask.
 SMALL = 1 << 20
 #: Up to this many pairs even what has to be sparse is computed densely: tiles cost more calls than they save work.
