@@ -220,7 +220,7 @@ def test_selective_scan_is_mambas():
     config = transformers.MambaConfig(hidden_size=8, state_size=4, time_step_rank=2, num_hidden_layers=1)
     theirs, u = MambaMixer(config, layer_idx=0).double(), torch.randn(2, 11, 8, dtype=DOUBLE)
     with torch.no_grad():
-        expected = theirs.slow_forward(u)
+        expected = theirs(u)
         x, z = theirs.in_proj(u).chunk(2, -1)
         x = torch.nn.functional.silu(theirs.conv1d(x.transpose(1, 2))[..., :11]).transpose(1, 2)
         step, B, C = theirs.x_proj(x).split([2, 4, 4], -1)
@@ -232,9 +232,12 @@ def test_selective_scan_is_mambas():
 
 @pytest.mark.parametrize("grid", [(5, 7), (1, 9), (8, 1)])
 def test_fft_conv2d_is_the_padded_convolution(grid):
-    x, kernel = torch.randn(2, 3, *grid, dtype=DOUBLE), torch.randn(3, *grid, dtype=DOUBLE)
-    padded = torch.nn.functional.pad(x, (grid[1] - 1, 0, grid[0] - 1, 0))
-    expected = torch.nn.functional.conv2d(padded, kernel.flip(-1, -2).unsqueeze(1), groups=3)
-    assert torch.allclose(recurrent.fft_conv2d(x, kernel), expected, atol=1e-12)
-    with backend("reference"):
-        assert torch.allclose(recurrent.fft_conv2d(x, kernel), expected, atol=1e-12)
+    x = torch.randn(2, 3, *grid, dtype=DOUBLE)
+    for taps, centre in ((grid, (0, 0)), ((2 * grid[0] - 1, 3), (grid[0] - 1, 1))):
+        kernel = torch.randn(3, *taps, dtype=DOUBLE)
+        (down, right), (up, left) = (c for c in centre), (t - 1 - c for t, c in zip(taps, centre, strict=True))
+        padded = torch.nn.functional.pad(x, (left, right, up, down))
+        expected = torch.nn.functional.conv2d(padded, kernel.flip(-1, -2).unsqueeze(1), groups=3)
+        assert torch.allclose(recurrent.fft_conv2d(x, kernel, centre), expected, atol=1e-12)
+        with backend("reference"):
+            assert torch.allclose(recurrent.fft_conv2d(x, kernel, centre), expected, atol=1e-12)

@@ -185,7 +185,7 @@ def _times(t: Tensor, factor: Tensor | None) -> Tensor:
 
 
 def _faded_by(log: Tensor) -> Tensor:
-    """exp(log), zero where it is next to nothing: products with subnormal numbers take a processor ten times as long."""
+    """exp(log), zero where it is next to nothing: subnormal numbers slow a processor's products down tenfold."""
     return F.threshold(log.exp(), 1e4 * torch.finfo(log.dtype).tiny, 0.0)
 
 

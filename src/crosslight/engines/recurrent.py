@@ -233,28 +233,33 @@ def fft_conv(
 
 
 def fft_conv2d(
-    x: Float[Tensor, "batch channels height width"], kernel: Float[Tensor, "channels height width"]
+    x: Float[Tensor, "batch channels height width"],
+    kernel: Float[Tensor, "channels taps_down taps_right"],
+    centre: tuple[int, int] = (0, 0),
 ) -> Float[Tensor, "batch channels height width"]:
-    """y_ij = sum_{k <= i, l <= j} kernel_{i-k, j-l} x_kl: a kernel as large as the map, one a channel, by the FFT on
-    a map twice as large each way, so that nothing wraps around. In at least float32."""
+    """y_ij = sum_kl kernel_kl x_{i - k + centre_0, j - l + centre_1}: a kernel up to as large as the map is twice, one
+    a channel. By the FFT on a padded map, so that nothing wraps around, in at least float32."""
     height, width, dtype = *x.shape[-2:], x.dtype
     if forced() == "reference":
-        return (toeplitz2d(kernel) @ x.flatten(2).unsqueeze(-1)).view_as(x)
+        return (toeplitz2d(kernel, (height, width), centre) @ x.flatten(2).unsqueeze(-1)).view_as(x)
     if dtype in (torch.float16, torch.bfloat16):
         x, kernel = x.float(), kernel.float()
-    size = tuple(1 if side == 1 else 1 << (2 * side - 1).bit_length() for side in (height, width))
-    product = torch.fft.rfft2(x, s=size) * torch.fft.rfft2(kernel, s=size)
-    return torch.fft.irfft2(product, s=size)[..., :height, :width].to(dtype)
+    full = [side + taps - 1 for side, taps in zip((height, width), kernel.shape[-2:], strict=True)]
+    size = [1 << (side - 1).bit_length() for side in full]
+    y = torch.fft.irfft2(torch.fft.rfft2(x, s=size) * torch.fft.rfft2(kernel, s=size), s=size)
+    return y[..., centre[0] : centre[0] + height, centre[1] : centre[1] + width].to(dtype)
 
 
-def toeplitz2d(kernel: Float[Tensor, "channels height width"]) -> Float[Tensor, "channels n n"]:
-    """The matrix of `fft_conv2d` over the cells in reading order."""
-    height, width = kernel.shape[-2:]
-    cell = torch.arange(height * width, device=kernel.device)
-    down = (cell // width).unsqueeze(1) - cell // width
-    right = (cell % width).unsqueeze(1) - cell % width
-    taken = kernel[:, down.clamp(min=0), right.clamp(min=0)]
-    return taken.masked_fill((down < 0) | (right < 0), 0)
+def toeplitz2d(
+    kernel: Float[Tensor, "channels taps_down taps_right"], grid: tuple[int, int], centre: tuple[int, int] = (0, 0)
+) -> Float[Tensor, "channels n n"]:
+    """The matrix of `fft_conv2d` over the cells of a grid in reading order."""
+    cell, (taps_down, taps_right) = torch.arange(grid[0] * grid[1], device=kernel.device), kernel.shape[-2:]
+    row, column = cell // grid[1], cell % grid[1]
+    down, right = row.unsqueeze(1) - row + centre[0], column.unsqueeze(1) - column + centre[1]
+    outside = (down < 0) | (right < 0) | (down >= taps_down) | (right >= taps_right)
+    taken = kernel[:, down.clamp(0, taps_down - 1), right.clamp(0, taps_right - 1)]
+    return taken.masked_fill(outside, 0)
 
 
 def _toeplitz(kernel: Tensor, ahead: Tensor | None, n: int) -> Float[Tensor, "channels n n"]:

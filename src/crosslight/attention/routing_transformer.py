@@ -1,0 +1,367 @@
+"""Routing attention: tokens of one k-means cluster attend to each other, in some heads; the others attend locally.
+
+Roy, Saffar, Vaswani, Grangier, "Efficient Content-Based Sparse Attention with Routing Transformers", 2020,
+arXiv 2003.05997.
+
+Routing heads, with k centroids mu_c each, which no gradient trains:
+
+    Q, K  = LayerNorm(x W_q), LayerNorm(x W_k) without scale and shift; K = Q when causal    (batch, heads, n, d)
+    I_c   = the w = n / k queries of largest mu_c . Q_i, in their order; J_c likewise of keys
+    Y_c   = softmax(Q[I_c] K[J_c]^T / sqrt(d)) V[J_c]                                        (batch, heads, k, w, d)
+    y_i   = mean of the rows of all Y_c that hold i; 0 if there is none
+    mu_c <- 0.999 mu_c + 0.0005 (mean of the Q nearest to mu_c + mean of the K nearest to it)   in training
+
+Local heads read their own block of ``window`` tokens and its neighbours, the previous one only when causal, with
+relative positions: scores (q_i . k_j + q_i . r_{i-j}) / sqrt(d). Time is n k + n w: n sqrt(n) with k near sqrt(n).
+
+The w best of a whole sequence depend on later tokens. With ``causal=True`` the layer takes what the paper defines
+before it balances clusters: a token belongs to the one centroid nearest to it, and reads the last ``window`` tokens of
+its cluster, itself included. In the order of clusters that is a band, which the sparse engine computes.
+``lookahead=True`` is the paper's balanced form. In causal cross-attention a query reads the keys J_c of the centroid
+nearest to it; in both cross patterns all heads route, as a query has no neighbours in another stream.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crosslight.attention.base import AttentionLayer, LayerCache
+from crosslight.attention.masformer import Spans
+from crosslight.attention.softmax import Softmax
+from crosslight.cards import Card, Evidence
+from crosslight.engines import dense, masks, routed, sparse
+from crosslight.engines.cache import KVCache
+from crosslight.errors import expect
+from crosslight.registry import register
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+    QKV = tuple[Tensor, Tensor, Tensor]
+
+CARD = Card(
+    id="routing-transformer",
+    kind="token",
+    group="sparse",
+    title="Efficient Content-Based Sparse Attention with Routing Transformers",
+    year=2020,
+    paper="2003.05997",
+    code="google-research/google-research",
+    summary="Some heads attend within k-means clusters of queries and keys, the others within a local window.",
+    patterns=("noncausal-self", "causal-self", "noncausal-cross", "causal-cross"),
+    cost="n sqrt n",
+    mask="keys",
+    decode="kv",
+    small={"clusters": 12, "window": 4},
+    checked="clusters, local windows and relative positions written out token by token; dense attention with shared "
+    "queries and keys at k = 1; the moving average of the centroids",
+    differs="In the paper which tokens a cluster holds depends on later tokens, also in the causal model; here that "
+    "needs `lookahead=True`, and the causal form is the paper's definition by the nearest centroid, cut at the last "
+    "`window` members. Cross patterns are ours. The cost holds for clusters near sqrt(n). Masked tokens are in no "
+    "cluster.",
+    evidence=Evidence(
+        claim="Recall at any distance: heads that route by content beat a sliding window of twice as many keys",
+        task="zoology-mqar",
+        metric="accuracy",
+        margin=0.1,
+        baseline="fused-neighborhood-attention",
+        task_options={"length": 32, "pairs": 4, "power": 1.0},
+        options={"clusters": 8, "window": 4},
+        baseline_options={"kernel_size": 8},
+    ),
+)
+
+
+@dataclass
+class State:
+    """What decoding carries: all keys and values, and the cluster of each in each routing head."""
+
+    cache: KVCache
+    cluster: Int[Tensor, "batch heads length"]
+
+
+def _gathered(t: Float[Tensor, "batch heads n dim"], index: Int[Tensor, "batch heads clusters w"]) -> Tensor:
+    """(batch, heads, clusters, w, dim)."""
+    flat = index.flatten(2)[..., None].expand(-1, -1, -1, t.shape[3])
+    return t.gather(2, flat).unflatten(2, index.shape[2:])
+
+
+@register(CARD)
+class RoutingAttention(AttentionLayer):
+    """Local heads first, then routing heads.
+
+    Args:
+        dim, heads, head_dim, context_dim, bias: as in `AttentionLayer`.
+        local_heads: heads that attend locally in self-attention; half of them unless given.
+        clusters: k.
+        window: tokens a block of the local heads; members of its cluster that a causal query reads at most.
+        decay: of the centroids' moving average.
+        lookahead: whether clusters are chosen from the whole sequence in the causal pattern too, as in the paper.
+    """
+
+    centroids: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        *,
+        head_dim: int | None = None,
+        context_dim: int | None = None,
+        bias: bool = True,
+        local_heads: int | None = None,
+        clusters: int = 16,
+        window: int = 256,
+        decay: float = 0.999,
+        lookahead: bool = False,
+    ) -> None:
+        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "heads", heads, f"a divisor of dim = {dim}")
+        expect(isinstance(clusters, int) and clusters >= 1, "clusters", clusters, "a number >= 1")
+        expect(isinstance(window, int) and window >= 1, "window", window, "a number >= 1")
+        expect(0 <= decay <= 1, "decay", decay, "a number between 0 and 1")
+        super().__init__(Softmax(heads, head_dim or dim // heads), dim, context_dim=context_dim, bias=bias)
+        self.local = heads // 2 if local_heads is None else local_heads
+        expect(0 <= self.local < heads, "local_heads", self.local, f"fewer than heads = {heads}")
+        self.clusters, self.window, self.decay, self.lookahead = clusters, window, decay, lookahead
+        self.register_buffer("centroids", torch.randn(heads, clusters, self.head_dim))
+        if self.local:
+            # r of the distances 1 - 2 window to 2 window - 1.
+            self.relative = nn.Parameter(0.02 * torch.randn(self.local, 4 * window - 1, self.head_dim))
+
+    # Clusters ---------------------------------------------------------------------------------------------------
+    def _norm(self, t: Tensor) -> Tensor:
+        return F.layer_norm(t, (self.head_dim,))
+
+    def _likeness(self, t: Float[Tensor, "batch heads n dim"]) -> Float[Tensor, "batch heads n clusters"]:
+        """mu . t, without gradient and in at least float32; the heads are the last ones of the layer."""
+        wide = torch.promote_types(t.dtype, torch.float32)
+        return t.detach().to(wide) @ self.centroids[-t.shape[1] :].to(wide).transpose(-1, -2)
+
+    def nearest(self, t: Tensor, keep: Bool[Tensor, "batch n"] | None = None) -> Int[Tensor, "batch heads n"]:
+        """The cluster of each token, k for masked ones."""
+        nearest = self._likeness(t).argmax(-1)
+        return nearest if keep is None else nearest.masked_fill(~keep[:, None], self.clusters)
+
+    def _members(
+        self, t: Tensor, keep: Tensor | None
+    ) -> tuple[Int[Tensor, "batch heads clusters w"], Bool[Tensor, "batch heads clusters w"]]:
+        """The w best tokens of each cluster in their order, and which of them are none."""
+        count = math.ceil(t.shape[2] / self.clusters)
+        likeness = self._likeness(t).transpose(-1, -2)
+        if keep is not None:
+            likeness = likeness.masked_fill(~keep[:, None, None], -math.inf)
+        index = likeness.topk(count, -1).indices.sort(-1).values
+        if keep is None:
+            return index, torch.ones_like(index, dtype=torch.bool)
+        return index, keep[:, None, None].expand(*index.shape[:3], -1).gather(3, index)
+
+    @torch.no_grad()
+    def _follow(self, *streams: tuple[Tensor, Tensor | None]) -> None:
+        """The moving average: each of the streams has a share in the step towards the mean of its nearest tokens."""
+        heads = streams[0][0].shape[1]
+        step = torch.zeros_like(self.centroids[-heads:])
+        for t, keep in streams:
+            member = F.one_hot(self.nearest(t, keep), self.clusters + 1)[..., : self.clusters].to(t.dtype)
+            count = member.sum((0, 2))[..., None]
+            mean = torch.einsum("bhnc,bhnd->hcd", member, t.detach()) / count.clamp(min=1)
+            change = torch.where(count > 0, mean - self.centroids[-heads:], 0.0)
+            step = step + (1 - self.decay) / len(streams) * change
+        self.centroids[-heads:] += step
+
+    # Routing heads ----------------------------------------------------------------------------------------------
+    def _balanced(self, q: Tensor, k: Tensor, keeps: tuple, causal: bool) -> tuple[Tensor, ...]:
+        """Members of queries and of keys, which places are filled, and the mask between them."""
+        (rows, asked), (columns, held) = self._members(q, keeps[0]), self._members(k, keeps[1])
+        keep = held[..., None, :]
+        if causal:
+            keep = keep & (columns[..., None, :] <= rows[..., None])
+        return rows, asked, columns, keep.expand(*rows.shape, -1)
+
+    def _route_balanced(self, q: Tensor, k: Tensor, v: Tensor, keeps: tuple, causal: bool) -> Tensor:
+        """The mean over the clusters that hold a query."""
+        rows, asked, columns, keep = self._balanced(q, k, keeps, causal)
+        parts = (_gathered(q, rows), _gathered(k, columns), _gathered(v, columns))
+        y = dense.attend(*(t.flatten(0, 1) for t in parts), mask=masks.Pairs(keep.flatten(0, 1)))
+        y = y.unflatten(0, q.shape[:2]) * asked[..., None]
+        flat, share = rows.flatten(2), asked.flatten(2).to(y.dtype)
+        total = torch.zeros_like(q).scatter_add(2, flat[..., None].expand(-1, -1, -1, q.shape[3]), y.flatten(2, 3))
+        count = torch.zeros_like(q[..., 0]).scatter_add(2, flat, share)
+        return total / count.clamp(min=1)[..., None]
+
+    def _weigh_balanced(self, q: Tensor, k: Tensor, keeps: tuple, causal: bool) -> Tensor:
+        rows, asked, columns, keep = self._balanced(q, k, keeps, causal)
+        parts = (_gathered(q, rows).flatten(0, 1), _gathered(k, columns).flatten(0, 1))
+        part = dense.weights(*parts, mask=masks.Pairs(keep.flatten(0, 1))).unflatten(0, q.shape[:2]) * asked[..., None]
+        n, m = q.shape[2], k.shape[2]
+        place = (rows[..., None] * m + columns[..., None, :]).flatten(2)
+        total = part.new_zeros(*q.shape[:2], n * m).scatter_add(2, place, part.flatten(2)).unflatten(2, (n, m))
+        count = torch.zeros_like(q[..., 0]).scatter_add(2, rows.flatten(2), asked.flatten(2).to(q.dtype))
+        return total / count.clamp(min=1)[..., None]
+
+    def _route_causal(self, q: Tensor, v: Tensor, keep: Tensor | None) -> Tensor:
+        """Each query on the last members of its cluster: a band, once tokens are in the order of clusters."""
+        batch, heads = q.shape[:2]
+        cluster, order = self.nearest(q, keep).flatten(0, 1).sort(stable=True)
+        wide = order[:, None, :, None]
+        q, v = (t.flatten(0, 1)[:, None].gather(2, wide.expand(-1, -1, -1, t.shape[3])) for t in (q, v))
+        rule = masks.causal() & masks.window(self.window - 1) & masks.segments(cluster)
+        if keep is not None:
+            rule = rule & masks.Keys(keep.repeat_interleave(heads, 0).gather(1, order))
+        y = sparse.attend(q, q, v, mask=rule)
+        y = torch.zeros_like(y).scatter(2, wide.expand_as(y), y)
+        return y.squeeze(1).unflatten(0, (batch, heads))
+
+    def _weigh_causal(self, q: Tensor, keep: Tensor | None) -> Tensor:
+        cluster = self.nearest(q, keep)
+        read = _recent(cluster, self.window, self.clusters)
+        return dense.weights(q, q, mask=masks.join(masks.Pairs(read), None if keep is None else masks.Keys(keep)))
+
+    def _route_each(self, q: Tensor, k: Tensor, v: Tensor, held: Tensor) -> Tensor:
+        """Queries on the members of the centroid nearest to them, (batch, heads, clusters, w, dim)."""
+        size, filled = k.shape[3], held.flatten(0, 1).flatten(1)
+        flat = (q, k.flatten(2, 3), v.flatten(2, 3))
+        each_q, each_k, each_v = (t.flatten(0, 1)[:, None] for t in flat)
+        nearest = self.nearest(q).flatten(0, 1)[:, None, :, None]
+        y, _ = routed.attend(each_q, each_k, each_v, nearest, size, mask=masks.Keys(filled))
+        return y.squeeze(1).unflatten(0, q.shape[:2])
+
+    # Local heads ------------------------------------------------------------------------------------------------
+    def _bias(self, q: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """q_i . r_{i-j} / sqrt(d), for i (rows, 1) and j (keys,); any number where i and j are too far apart."""
+        by_distance = q @ self.relative.transpose(-1, -2) / math.sqrt(self.head_dim)
+        place = (i - j + 2 * self.window - 1).clamp(0, 4 * self.window - 2)
+        return by_distance.gather(-1, place.expand(*q.shape[:2], -1, -1))
+
+    def _near(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, causal: bool) -> Tensor:
+        """Blocks of queries, as elements of the batch, on two or three blocks of keys."""
+        batch, _, n = q.shape[:3]
+        size = min(self.window, n)
+        short, after = -n % size, 0 if causal else size
+        blocks = (n + short) // size
+        span = 2 * size + after
+
+        def around(t: Tensor) -> Tensor:
+            cut = F.pad(t, (0, 0, size, short + after)).unfold(2, span, size)  # (batch, heads, blocks, dim, span)
+            return cut.permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+        queries = F.pad(q, (0, 0, 0, short)).unflatten(2, (blocks, size)).transpose(1, 2).flatten(0, 1)
+        i = torch.arange(size, device=q.device)[:, None]
+        j = torch.arange(-size, size + after, device=q.device)
+        first = torch.arange(blocks, device=q.device)[:, None] * size
+        there = (first + j >= 0) & (first + j < n)
+        if keep is None:
+            there = there.expand(batch, -1, -1)
+        else:
+            there = F.pad(keep, (size, short + after)).unfold(1, span, size) & there
+        seen = there[:, :, None, None].expand(-1, -1, 1, size, -1).flatten(0, 1)
+        if causal:
+            seen = seen & (j <= i)
+        y = dense.attend(queries, around(k), around(v), mask=masks.Pairs(seen), bias=self._bias(queries, i, j))
+        return y.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :n]
+
+    def _weigh_near(self, q: Tensor, k: Tensor, mask: masks.Mask | None, causal: bool) -> Tensor:
+        i = torch.arange(q.shape[2], device=q.device)
+        bias = self._bias(q, i[:, None], i)
+        return dense.weights(q, k, mask=masks.join(Spans(self.window), mask), causal=causal, bias=bias)
+
+    # The layer --------------------------------------------------------------------------------------------------
+    def _split_heads(self, x: Tensor, context: Tensor, how) -> tuple[QKV, QKV]:
+        """q, k, v of the local heads, and of the routing heads; those have their queries as keys when causal."""
+        q, k, v = self._heads(x, context, how)
+        local = 0 if how.cross else self.local
+        routing_q = self._norm(q[:, local:])
+        routing_k = routing_q if how.triangular else self._norm(k[:, local:])
+        return (q[:, :local], k[:, :local], v[:, :local]), (routing_q, routing_k, v[:, local:])
+
+    def _forward(self, x, context, how):
+        near, (q, k, v) = self._split_heads(x, context, how)
+        keep = masks.split(how.mask)[1]
+        keeps = (None if how.cross else keep, keep)
+        if self.training:
+            self._follow((q, keeps[0]), (k, keep))
+        if how.triangular and not self.lookahead:
+            y = self._route_causal(q, v, keep)
+        elif how.causal and how.cross:
+            columns, held = self._members(k, keep)
+            y = self._route_each(q, _gathered(k, columns), _gathered(v, columns), held)
+        else:
+            y = self._route_balanced(q, k, v, keeps, how.triangular)
+        if near[0].shape[1]:
+            y = torch.cat([self._near(*near, keep, how.causal), y], 1)
+        return self._merge(y, x)
+
+    def _weights(self, x, context, how):
+        near, (q, k, _) = self._split_heads(x, context, how)
+        keep = masks.split(how.mask)[1]
+        if how.triangular and not self.lookahead:
+            weights = self._weigh_causal(q, keep)
+        elif how.causal and how.cross:
+            columns, held = self._members(k, keep)
+            read = torch.zeros(*columns.shape[:3], k.shape[2], dtype=torch.bool, device=k.device)
+            read = read.scatter(3, columns, held)
+            near_by = self.nearest(q)[..., None].expand(-1, -1, -1, k.shape[2])
+            weights = dense.weights(q, k, mask=masks.Pairs(read.gather(2, near_by)))
+        else:
+            weights = self._weigh_balanced(q, k, (None if how.cross else keep, keep), how.triangular)
+        if near[0].shape[1]:
+            weights = torch.cat([self._weigh_near(*near[:2], how.mask, how.causal), weights], 1)
+        return weights
+
+    def _step(self, x, cache, context, how):
+        offset = 0 if cache is None else cache.length
+        length = offset + x.shape[1]
+        if how.cross:
+            if cache is None:
+                _, (q, k, v) = self._split_heads(x, context, how)
+                columns, held = self._members(k, masks.split(how.mask)[1])
+                lists = (_gathered(k, columns), _gathered(v, columns), held)
+            else:
+                q, lists = self._norm(self._queries(x)), cache.state
+            return self._merge(self._route_each(q, *lists), x), LayerCache(length, lists, cross=True)
+        expect(not self.lookahead, "lookahead", True, "False: clusters look at tokens that are not there yet")
+        (near_q, near_k, near_v), (q, k, v) = self._split_heads(x, x, how)
+        keys, values, cluster = torch.cat([near_k, k], 1), torch.cat([near_v, v], 1), self.nearest(q)
+        if cache is None:
+            return self._forward(x, x, how), LayerCache(length, State(KVCache.start(keys, values), cluster))
+        cluster = torch.cat([cache.state.cluster, cluster], 2)
+        state = State(cache.state.cache.append(keys, values), cluster)
+        keys, values, local = state.cache.keys, state.cache.values, near_q.shape[1]
+        y = self._recall(q, keys[:, local:], values[:, local:], cluster)
+        if local:
+            start = max(0, offset // self.window - 1) * self.window  # nothing before is near
+            i, j = (torch.arange(a, length, device=x.device) for a in (offset, start))
+            near = dense.attend(
+                near_q,
+                keys[:, :local, start:],
+                values[:, :local, start:],
+                mask=Spans(self.window),
+                causal=True,
+                bias=self._bias(near_q, i[:, None], j),
+                offset=offset - start,
+            )
+            y = torch.cat([near, y], 1)
+        return self._merge(y, x), LayerCache(length, state)
+
+    def _recall(self, q: Tensor, k: Tensor, v: Tensor, cluster: Int[Tensor, "batch heads length"]) -> Tensor:
+        """The last queries on the last members of their clusters."""
+        n, m = q.shape[2], k.shape[2]
+        if n > 1:
+            read = _recent(cluster, self.window, self.clusters)[:, :, m - n :]
+            return dense.attend(q, k, v, mask=masks.Pairs(read))
+        at = torch.where(cluster == cluster[..., -1:], torch.arange(m, device=q.device), -1)
+        last = at.topk(min(self.window, m), -1).values
+        index = last.clamp(min=0)[..., None].expand(-1, -1, -1, q.shape[3])
+        return dense.attend(q, k.gather(2, index), v.gather(2, index), mask=masks.Pairs((last >= 0)[:, :, None]))
+
+
+def _recent(cluster: Int[Tensor, "batch heads n"], window: int, clusters: int) -> Bool[Tensor, "batch heads n n"]:
+    """Query i reads the last ``window`` members of its cluster, itself included."""
+    rank = F.one_hot(cluster, clusters + 1).cumsum(2).gather(3, cluster[..., None])
+    behind = rank - rank.transpose(2, 3)
+    return (cluster[..., None] == cluster[:, :, None]) & (behind >= 0) & (behind < window)
