@@ -118,6 +118,12 @@ def test_network_classifies_the_bag_and_every_branch(bag):
     assert torch.allclose(model(bag, keep)[0][:1], model(bag[:1, :7])[0])
 
 
+def test_one_branch_is_trained_on_the_bag_alone(bag):
+    model = BagClassifier(WIDTH, DIM, heads=1).double().eval()
+    output, target = model(bag), torch.tensor([1, 0])
+    assert torch.equal(model.loss(output, target), F.cross_entropy(output[0], target))
+
+
 def test_preset_builds_a_network():
     model = crosslight.create("acmil", preset="medical_ssl", heads=5)
     reduce, gates = 384 * 128, 2 * (128 * 128 + 128)

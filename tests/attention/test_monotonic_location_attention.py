@@ -92,6 +92,17 @@ def test_rows_sum_to_one_and_no_step_goes_back(step):
     assert (attn.moves(100 * x, torch.double)[0] > 0).any()
 
 
+@pytest.mark.parametrize("step", ["mixed", "relu", "sigmoid", "stairs", "one"])
+def test_the_place_read_last_does_not_go_back_but_for_rounding(step):
+    """A narrow Gaussian's mean over whole keys is less than half a key from its own."""
+    attn, (x, z) = make(step=step, content=False, directions=False), streams()
+    with torch.no_grad():
+        attn.w_sigma.zero_()
+    places = (attn.weights(3 * x, z) * torch.arange(M)).sum(-1)
+    assert (places.diff(dim=-1) > -0.5).all()
+    assert (places[..., -1] > places[..., 0]).any()
+
+
 def one_step(**options):
     attn = make(step="one", content=False, start=-1, floor=0.05, **options)
     with torch.no_grad():

@@ -74,17 +74,19 @@ def test_shorter_streams_use_the_first_positions(x):
 
 
 def test_channels_meet_in_the_channel_mlp_only(x):
-    """The token MLP is the same for every channel and static: its Jacobian has no entries between channels."""
+    """Without norm, channel MLP and projection, what is left is the token MLP, which is the same for every channel."""
     attn = make()
-    z = torch.randn(1, DIM, N).double()
-
-    def mix(z):
-        return attn.token_out(F.gelu(attn.token_in(z)))
-
-    jacobian = torch.func.jacrev(mix)(z)[0, :, :, 0]  # (channel, token, channel, token)
-    for c in range(DIM):
-        for d in range(DIM):
-            assert bool(jacobian[c, :, d].abs().max() > 1e-12) == (c == d)
+    attn.token_norm = nn.Identity()
+    for layer in (attn.channel_mix[2], attn.proj):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    nn.init.ones_(attn.proj.bias)
+    for z in (x[:1], 10 * x[1:]):  # the same entries are 0 whatever is read
+        jacobian = torch.autograd.functional.jacobian(attn, z)[0, :, :, 0]  # (token, channel, token, channel)
+        for c in range(DIM):
+            for d in range(DIM):
+                assert bool(jacobian[:, c, :, d].abs().max() > 1e-12) == (c == d)
+    assert torch.allclose(attn(x[..., [1, 0]].repeat(1, 1, 3)), attn(x[..., [0, 1]].repeat(1, 1, 3))[..., [1, 0] * 3])
 
 
 def test_position_of_a_token_matters(x):

@@ -67,7 +67,10 @@ def test_the_network_equals_bert_layers_that_are_given_the_matrix():
 
     config = BertConfig(hidden_size=DIM, intermediate_size=32, num_attention_heads=H)
     net, tokens, boxes = network(), torch.randint(0, 50, (2, N)), page()
-    x, a = net.norm(net.words(tokens) + net.types.weight[0]), net.weights(boxes)
+    x, where = net.norm(net.words(tokens) + net.types.weight[0]), net.skim.layout(boxes)
+    q, k = (p(where).view(2, N, H, 8) for p in (net.skim.q, net.skim.k))
+    a = (torch.einsum("bihd,bjhd->bhij", q, k) / 8**0.5).softmax(-1)
+    torch.testing.assert_close(net.weights(boxes), a)
     for block in net.blocks:
         attend, inner, outer = (m(config).double().eval() for m in (BertSelfOutput, BertIntermediate, BertOutput))
         attend.dense.load_state_dict(block.out.state_dict())
@@ -178,6 +181,11 @@ def test_decoding_with_boxes(layout):
         y, cache = attn.step(x[:, i : i + 1], cache, boxes=boxes[:, i : i + 1])
         parts.append(y)
     torch.testing.assert_close(torch.cat(parts, 1), attn(x, causal=True, boxes=boxes))
+    # A mask that lets the token be read does not make it forget the boxes.
+    keep = torch.ones(2, 1, dtype=torch.bool)
+    torch.testing.assert_close(attn.step(x[:, :1], boxes=boxes[:, :1], mask=keep)[0], parts[0])
+    with pytest.raises(CrosslightError, match="pattern"):
+        attn.step(x[:, :1], context=x, boxes=boxes[:, :1])
 
 
 def test_a_matrix_can_be_read_with_boxes():

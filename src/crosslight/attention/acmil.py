@@ -198,8 +198,10 @@ class BagClassifier(nn.Module):
         return self.head(z.mean(1)), parts, weights.squeeze(2)
 
     def loss(self, output: tuple[Tensor, Tensor, Tensor], target: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
-        """Cross-entropy of the bag, that of the branches, and their likeness."""
+        """Cross-entropy of the bag, that of the branches, and their likeness; one branch is the bag itself."""
         logits, parts, weights = output
+        if parts.shape[1] == 1:
+            return F.cross_entropy(logits, target)
         own = F.cross_entropy(parts.flatten(0, 1), target.repeat_interleave(parts.shape[1]))
         return F.cross_entropy(logits, target) + own + diversity(weights.unsqueeze(2))
 

@@ -9,12 +9,12 @@ For decoder states s_i = x_i and an encoder memory z_j, a_i the row of weights (
              f_i = F * a_{i-1}            8 static filters of length 21
              g_i = G(s_i) * a_{i-1}       8 filters that the state predicts: G(s) = V_G tanh(W_G s + b_G)
              p_i = log max(P * a_{i-1}, 1e-6)        P the beta-binomial(10; 0.1, 0.9) pmf, over 0 to 10 steps ahead
-    gmm      (w^, D^, s^) = V tanh(W s_i + b),  mu_i = mu_{i-1} + D_i
+    gmm      (w^, D^, s^) = V tanh(W s_i + b) + c,  mu_i = mu_{i-1} + D_i,  mu_0 = 0
              a_ij = sum_k w_ik / Z_ik exp(-(j - mu_ik)^2 / (2 sigma_ik^2))
         v0   w = exp w^,      D = exp D^,      sigma = sqrt(exp(-s^) / 2),  Z = 1            (Graves 2013)
         v1   w = softmax w^,  D = exp D^,      sigma = sqrt(exp s^),        Z = sqrt(2 pi sigma^2)
         v2   w = softmax w^,  D = softplus D^, sigma = softplus s^,         Z = sqrt(2 pi sigma^2)
-        v2b  v2 with biases by which D is about 1 and sigma about 10 at first
+        v2b  v2 with c at first such that D is about 1 and sigma about 10; c is 0 at first in the others
     y_i = W_o sum_j a_ij W_v z_j
 
 The prior P of dca allows no way back and at most 10 steps ahead. Both know no position, so they read texts far longer

@@ -15,10 +15,10 @@ A stream of C class tokens, one a category, then P patches; A is its attention, 
     E'   = E + strength W E           for patches and for classes
 
 It has no parameters and is put between the blocks of a segmenter that knows image labels only: with the right
-patches amplified and classes that occur together kept apart, class activation maps (`cam`) cover objects better. Block
-l of L takes strength l / L of the last one's. `rebuild` is the change W E by itself. The layer is softmax attention
-plus strength W x; ``with attn.given(present=labels, colours=rgb):`` tells it the labels of the image and the mean
-colours of its patches.
+patches amplified and classes that occur together kept apart, class activation maps (`cam`) are to cover objects better.
+The strength is to grow from block to block, say as l / L in block l of L; each layer is given its own. `rebuild` is the
+change W E by itself. The layer is softmax attention plus strength W x; ``with attn.given(present=labels, colours=rgb):``
+tells it the labels of the image and the mean colours of its patches.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from crosslight.attention.softmax import Softmax
 from crosslight.cards import Card, Evidence
 from crosslight.engines import dense, masks
 from crosslight.engines.backend import forced
+from crosslight.engines.masks import Mask
 from crosslight.engines.positions import Rotation
 from crosslight.errors import expect
 from crosslight.registry import register
@@ -145,38 +146,14 @@ class DynamicMaskAttention(AttentionLayer):
             return self._read(self._weights(x, context, how), x, context, how)
         q, k, v, rank = self._parts(x, context, how)
         if k.shape[2] <= self.window:
-            y = dense.attend(q, k, v, mask=how.mask, causal=how.triangular, scale=1.0)
+            y = attend(q, k, v, how.mask, how.triangular)
         elif how.triangular:
-            y, _ = self._scan(q, k, v, rank, None)
+            y, _ = scan(q, k, v, rank, self.window)
         else:
             best = _best(rank, self.window)
             keep = masks.Pairs(_repeated(_take(rank, best) > -math.inf, self.heads)[:, :, None]) if how.mask else None
-            y = dense.attend(q, _take(k, best), _take(v, best), mask=keep, scale=1.0)
+            y = attend(q, _take(k, best), _take(v, best), keep)
         return self._merge(y, x)
-
-    def _scan(self, q: Tensor, k: Tensor, v: Tensor, rank: Tensor, kept: Kept | None) -> tuple[Tensor, Kept]:
-        """Causal attention of queries on what was kept and on keys at their own positions, chunk by chunk."""
-        if kept is None:
-            kept = Kept(k[:, :, :0], v[:, :, :0], rank[:, :, :0])
-        size, parts = max(CHUNK, self.window), []
-        again = torch.is_grad_enabled() and q.shape[2] > size  # the backward pass computes chunks again
-        for start in range(0, q.shape[2], size):
-            here = slice(start, start + size)
-            keys, values = torch.cat([kept.keys, k[:, :, here]], 2), torch.cat([kept.values, v[:, :, here]], 2)
-            ranks = torch.cat([kept.importance, rank[:, :, here]], 2)
-            old, queries = kept.keys.shape[2], q[:, :, here]
-            if again:
-                parts.append(checkpoint(self._chunk, queries, keys, values, ranks, old, use_reentrant=False))
-            else:
-                parts.append(self._chunk(queries, keys, values, ranks, old))
-            best = _best(ranks, self.window)
-            kept = Kept(_take(keys, best), _take(values, best), _take(ranks, best))
-        return torch.cat(parts, 2), kept
-
-    def _chunk(self, q: Tensor, k: Tensor, v: Tensor, rank: Tensor, old: int) -> Tensor:
-        """Queries on ``old`` keys, best last, and on as many new ones as there are queries."""
-        keep = _among_best(rank, old, self.window)
-        return dense.attend(q, k, v, mask=masks.Pairs(_repeated(keep, self.heads)), scale=1.0)
 
     def _weights(self, x, context, how):
         q, k, _, rank = self._parts(x, context, how)
@@ -193,7 +170,8 @@ class DynamicMaskAttention(AttentionLayer):
     def _step(self, x, cache, context, how):
         length = 0 if cache is None else cache.length
         if not how.cross:
-            y, state = self._scan(*self._parts(x, x, how, length), None if cache is None else cache.state)
+            kept = None if cache is None else cache.state
+            y, state = scan(*self._parts(x, x, how, length), self.window, kept)
             return self._merge(y, x), LayerCache(length + x.shape[1], state)
         if cache is None:
             _, k, v, rank = self._parts(x, context, how)
@@ -206,8 +184,42 @@ class DynamicMaskAttention(AttentionLayer):
             q = self.position.rotate(q, offset=length)
         q = _with_channel(q / math.sqrt(self.head_dim), q.new_ones(*q.shape[:3]))
         keep = masks.Pairs(_repeated(state.importance > -math.inf, self.heads)[:, :, None])
-        y = dense.attend(q, state.keys, state.values, mask=keep, scale=1.0)
+        y = attend(q, state.keys, state.values, keep)
         return self._merge(y, x), LayerCache(length + x.shape[1], state, cross=True)
+
+
+def scan(
+    q: Tensor, k: Tensor, v: Tensor, rank: Float[Tensor, "batch kv_heads n"], window: int, kept: Kept | None = None
+) -> tuple[Tensor, Kept]:
+    """Causal attention of scaled queries on what was kept and on keys at their own positions, chunk by chunk."""
+    if kept is None:
+        kept = Kept(k[:, :, :0], v[:, :, :0], rank[:, :, :0])
+    size, parts = max(CHUNK, window), []
+    again = torch.is_grad_enabled() and q.shape[2] > size  # the backward pass computes chunks again
+    for start in range(0, q.shape[2], size):
+        here = slice(start, start + size)
+        keys, values = torch.cat([kept.keys, k[:, :, here]], 2), torch.cat([kept.values, v[:, :, here]], 2)
+        ranks = torch.cat([kept.importance, rank[:, :, here]], 2)
+        old, queries = kept.keys.shape[2], q[:, :, here]
+        if again:
+            parts.append(checkpoint(_chunk, queries, keys, values, ranks, old, window, use_reentrant=False))
+        else:
+            parts.append(_chunk(queries, keys, values, ranks, old, window))
+        best = _best(ranks, window)
+        kept = Kept(_take(keys, best), _take(values, best), _take(ranks, best))
+    return torch.cat(parts, 2), kept
+
+
+def _chunk(q: Tensor, k: Tensor, v: Tensor, rank: Tensor, old: int, window: int) -> Tensor:
+    """Queries on ``old`` keys, best last, and on as many new ones as there are queries."""
+    keep = _among_best(rank, old, window)
+    return attend(q, k, v, masks.Pairs(_repeated(keep, q.shape[1])))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, causal: bool = False) -> Tensor:
+    """softmax(q k^T) v, with values as wide as the keys: the fast kernels ask for one width."""
+    wider = F.pad(v, (0, k.shape[3] - v.shape[3]))
+    return dense.attend(q, k, wider, mask=mask, causal=causal, scale=1.0)[..., : v.shape[3]]
 
 
 def _with_channel(t: Tensor, last: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ Of S keys, p_j = j / (S - 1) is the place of key j. For each query t and head, w
           floor r + sigmoid(tau (r - floor r - 1/2)) of r = relu; "one": 1 (OneStep)
 
 f >= 0, so mu never lies before the place attended to last, and a step is counted in keys, whatever S: what was learned
-on short inputs holds on long ones. (pbar is a mean over whole keys, and can lie a fraction of a key before mu.)
+on short inputs holds on long ones. (pbar is a mean over whole keys and can lie a fraction of a key before mu, and more
+at the last keys, where a wide Gaussian is cut off.)
 
 Reverse tasks become forward ones by interpolated directions: keys and values are those of g_d z + (1 - g_d) flip(z),
 g_d = sigmoid(5 w_d . h), with h the last state of z and the flip within its true length. `Directions` is that part, for

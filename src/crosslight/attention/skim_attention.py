@@ -307,9 +307,9 @@ class SkimAttention(AttentionLayer):
         return self._read(weights, *self._placed(x, context, boxes, mask, causal, grid))
 
     def step(self, x, cache=None, *, context=None, mask=None, boxes=None):
-        if boxes is None or context is not None or mask is not None:
+        if boxes is None:
             return super().step(x, cache, context=context, mask=mask)
-        self._check_stream("x", x, self.dim)
+        self._checked(x, context, mask, True, None)
         return self._step(x, cache, None, Placed(causal=True, boxes=self._checked_boxes(boxes, x)))
 
     def _placed(self, x: Any, context: Any, boxes: Any, mask: Any, causal: bool, grid: Grid | None):

@@ -59,13 +59,16 @@ CARD = Card(
     checked="softmax attention on [context ; candidate] apart for each candidate; scaled_dot_product_attention under "
     "the explicit matrix",
     differs="The paper is noncausal only. The mean over a candidate and its score are left to the model. The cost "
-    "holds for a context and candidates of fixed length and a growing number of candidates.",
+    "holds for a context and candidates of fixed length and a growing number of candidates. In the evidence the four "
+    "pairs of the task are the context and every two tokens after them a candidate; the task is causal.",
     evidence=Evidence(
-        claim="hiding the parts of an image from each other, except through its top, costs little accuracy",
-        task="digits",
+        claim="candidates that read the context recall what it holds; those of a bi-encoder, apart from it, do not",
+        task="zoology-mqar",
         metric="accuracy",
-        margin=-0.03,
-        options={"context": 16, "candidate": 16},
+        margin=0.5,
+        baseline="uni-encoder",
+        options={"context": 8, "candidate": 2},
+        baseline_options={"context": 8, "candidate": 2, "candidates_read": False},
     ),
 )
 

@@ -9,8 +9,9 @@ arXiv 2412.11834.
     y_i  = W_o sum_j softmax_{j in K_i} (q_i . k_j / sqrt(d) + m_j) v_j
 
 m_j travels in two more channels of the key (a number and what rounding took from it, as in half precision most m would
-be equal), against ones in the query. In causal attention a key that w better ones
-have come after, or were there before, is never read again: its mask is one span of queries, and decoding keeps w keys.
+be equal), against ones in the query. In causal attention a key is not read any more once there are w better ones,
+earlier or later. A full pass is then a scan over chunks of queries, each on the w keys that are left from before and
+its own, as in dynamic-mask-attention; decoding keeps w keys.
 
 The paper combines this with two more parts, which are here to be used beside it. `RotarySSD` is state space duality
 whose C and B are rotated by position as q and k are, so that both kinds of layers know positions in one way:
@@ -32,8 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crosslight.attention.base import AttentionLayer, Core
+from crosslight.attention.dynamic_mask_attention import attend, scan
 from crosslight.cards import Card, Evidence
-from crosslight.engines import dense, linear, masks, sparse
+from crosslight.engines import dense, linear, masks
+from crosslight.engines.backend import forced
 from crosslight.engines.masks import Mask
 from crosslight.engines.positions import Rotary, Rotation
 from crosslight.errors import expect
@@ -52,14 +55,14 @@ CARD = Card(
     code="LoserCheems/WonderfulMatrices",
     summary="A mask made from the values: a bias on each key, and only the keys with the largest ones are read.",
     patterns=("noncausal-self", "causal-self", "noncausal-cross", "causal-cross"),
-    cost="n^2",
+    cost="n",
     mask="keys",
     decode="state",
     small={"keep_window": 24},
     checked="transformers' DogeAttention and DogeCDMoE with the same weights (1e-5); plain causal attention with a = 0",
     differs="Of keys with equal m the later ones are kept, where the released code leaves it to topk. The released "
     "router splits its scores so that tokens mix; here each token has its own. Key/value heads are called groups, as "
-    "each has a mask of its own.",
+    "each has a mask of its own. The cost holds for a fixed w.",
     evidence=Evidence(
         claim="recalls many pairs better than plain rotary attention at a small width",
         task="zoology-mqar",
@@ -108,6 +111,12 @@ def size(k: Tensor) -> Float[Tensor, "batch groups m"]:
     return k[..., -2].to(wide) + k[..., -1].to(wide)
 
 
+def ranks(k: Tensor, keep: Bool[Tensor, "batch m"] | None) -> Float[Tensor, "batch groups m"]:
+    """m without gradient, -inf where masked."""
+    m = size(k.detach())
+    return m if keep is None else m.masked_fill(~keep[:, None], -math.inf)
+
+
 @dataclass
 class Kept:
     """What decoding carries: the keys, with their m, and the values that may still be read."""
@@ -127,12 +136,10 @@ class DynamicMask(Core):
         expect(isinstance(keep_window, int) and keep_window >= 1, "keep_window", keep_window, "a number >= 1")
         self.keep_window = keep_window
 
-    @torch.no_grad()
-    def _best(self, k: Tensor, keep: Tensor | None) -> Int[Tensor, "batch groups window"]:
+    def _best(self, rank: Float[Tensor, "batch groups m"]) -> Int[Tensor, "batch groups window"]:
         """The keys of which each query reads, where all may read all, in their order."""
-        m = size(k) if keep is None else size(k).masked_fill(~keep[:, None], -math.inf)
-        order = m.flip(2).sort(dim=2, descending=True, stable=True).indices[..., : self.keep_window]
-        return (k.shape[2] - 1 - order).sort(2).values
+        order = rank.flip(2).sort(dim=2, descending=True, stable=True).indices[..., : self.keep_window]
+        return (rank.shape[2] - 1 - order).sort(2).values
 
     @torch.no_grad()
     def _rule(self, q: Tensor, k: Tensor, mask: Mask | None, causal: bool) -> Mask | None:
@@ -142,22 +149,25 @@ class DynamicMask(Core):
         if causal:
             until = lifetimes(size(k), keep, self.keep_window)
             return masks.join(Until(until.repeat_interleave(self.heads // k.shape[1], 1)), mask)
-        chosen = torch.zeros(k.shape[:3], dtype=torch.bool, device=k.device).scatter(2, self._best(k, keep), True)
+        best = self._best(ranks(k, keep))
+        chosen = torch.zeros(k.shape[:3], dtype=torch.bool, device=k.device).scatter(2, best, True)
         rows = dense.repeat_heads(chosen.unsqueeze(2), self.heads).expand(-1, -1, q.shape[2], -1)
         return masks.join(masks.Pairs(rows), mask)
 
     def forward(self, q, k, v, *, mask=None, causal=False):
-        small = q.shape[2] * k.shape[2] <= sparse.SMALL
-        if causal or small or k.shape[2] <= self.keep_window:
-            return _attend(q, k, v, self._rule(q, k, mask, causal), causal)
-        # All queries read the same keys, and no others are touched.
+        if forced() == "reference" or k.shape[2] <= self.keep_window:
+            return attend(q, k, v, self._rule(q, k, mask, causal), causal)
         keep = masks.split(mask)[1]
-        best = self._best(k, keep)
+        rank = ranks(k, keep)
+        if causal:
+            return scan(q, k, v, rank, self.keep_window)[0]
+        # All queries read the same keys, and no others are touched.
+        best = self._best(rank)
         rule = None
         if keep is not None:
             held = keep[:, None].expand(-1, k.shape[1], -1).gather(2, best).unsqueeze(2)
             rule = masks.Pairs(dense.repeat_heads(held, self.heads).expand(-1, -1, q.shape[2], -1))
-        return _attend(q, _take(k, best), _take(v, best), rule)
+        return attend(q, _take(k, best), _take(v, best), rule)
 
     def weights(self, q, k, *, mask=None, causal=False):
         return dense.weights(q, k, mask=self._rule(q, k, mask, causal), causal=causal, scale=1.0)
@@ -170,15 +180,9 @@ class DynamicMask(Core):
             state = Kept(k, v) if state is None else Kept(torch.cat([state.k, k], 2), torch.cat([state.v, v], 2))
             y = None
         if state.k.shape[2] > self.keep_window:
-            best = self._best(state.k, None)
+            best = self._best(ranks(state.k, None))
             state = Kept(_take(state.k, best), _take(state.v, best))
-        return _attend(q, state.k, state.v) if y is None else y, state
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, causal: bool = False) -> Tensor:
-    """With values as wide as the keys: the fast kernels ask for one width."""
-    wider = F.pad(v, (0, k.shape[3] - v.shape[3]))
-    return dense.attend(q, k, wider, mask=mask, causal=causal, scale=1.0)[..., : v.shape[3]]
+        return attend(q, state.k, state.v) if y is None else y, state
 
 
 def _take(t: Tensor, index: Int[Tensor, "batch groups kept"]) -> Tensor:
