@@ -84,6 +84,16 @@ def test_a_region_without_a_key_is_not_chosen():
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 16).double())
 
 
+def test_a_context_is_one_row_though_as_long_as_the_map():
+    attn = crosslight.create("biformer-bra", dim=8, heads=2, regions=3, top_k=2).double()
+    x, z = torch.randn(2, 2, 36, 8, dtype=torch.double).unbind()
+    weights = attn.weights(x, z, grid=(6, 6))
+    quads = (weights > 0).unflatten(3, (9, 4))  # a row in nine regions
+    assert torch.equal(quads.any(-1), quads.all(-1))
+    assert (quads.all(-1).sum(-1) == 2).all()
+    torch.testing.assert_close(attn.read(weights, x, z, grid=(6, 6)), attn(x, z, grid=(6, 6)))
+
+
 def test_the_cost_is_least_at_the_number_of_regions_of_the_paper():
     n, k = 4096, 4
     cut = BRA(HEADS, D, regions=None, top_k=k).cut(n, (64, 64))

@@ -51,15 +51,18 @@ def test_a_closed_gate_is_plain_attention_and_an_open_one_only_local(streams):
 
 
 @pytest.mark.parametrize("centre", ["peak", "position"])
-def test_rows_sum_to_one_whatever_is_masked(centre, streams):
+def test_rows_sum_to_one_unless_a_window_is_masked(centre, streams):
     x, z = streams
-    keep = torch.rand(2, 9) < 0.6
-    keep[:, 4] = True
-    # Rows whose window holds no visible key have their global share only.
-    a = make(radius=2, centre=centre).weights(x, z, mask=keep).sum(-1)
-    if centre == "peak":
-        assert torch.allclose(a, torch.ones_like(a))
-    assert torch.allclose(make(radius=2, centre=centre).weights(x, z).sum(-1), torch.ones_like(a))
+    attn, keep = make(radius=2, centre=centre), torch.rand(2, 9) < 0.6
+    keep[0], keep[:, 4] = False, True
+    near = (torch.arange(9) - torch.arange(5)[:, None]).abs() <= 2
+    held = (keep[:, None] & near).any(-1)[:, None]
+    assert not held.all()
+    # Rows whose window holds no visible key have their global share only; a peak is visible.
+    g = attn.core.gate(attn.q(x).view(2, 5, HEADS, D).transpose(1, 2)).squeeze(-1)
+    expected = torch.where(held, 1.0, 1 - g) if centre == "position" else torch.ones_like(g)
+    assert torch.allclose(attn.weights(x, z, mask=keep).sum(-1), expected)
+    assert torch.allclose(attn.weights(x, z).sum(-1), torch.ones_like(g))
 
 
 @pytest.mark.parametrize("centre", ["peak", "position"])

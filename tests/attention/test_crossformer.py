@@ -9,6 +9,7 @@ from crosslight.attention import grouped
 from crosslight.attention.crossformer import CrossFormer, Network
 from crosslight.attention.grouped import Cut
 from crosslight.errors import UnsupportedPattern
+from crosslight.testing import flops
 
 HEADS, D = 2, 4
 
@@ -84,6 +85,16 @@ def test_windows_and_intervals_are_what_a_token_sees():
     assert reach(layers[1](x, grid=(8, 8)), x, token) == far
     both = layers[1](layers[0](x, grid=(8, 8)), grid=(8, 8))
     assert reach(both, x, token) == set(range(64)), "G^2 >= H, so a pair of layers joins all tokens"
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_work_and_memory_grow_with_the_map(long):
+    attn = crosslight.create("crossformer", dim=8, heads=2, group=4, long=long)
+    small, large = (
+        flops.measure(lambda side=side: attn(torch.randn(1, side * side, 8), grid=(side, side))) for side in (16, 64)
+    )
+    assert flops.growth(small.flops, large.flops, 16) < 1.05
+    assert large.largest <= 16 * small.largest
 
 
 def test_the_long_form_conforms():

@@ -144,6 +144,7 @@ def test_bad_options_are_named():
         ({"filter": "3d"}, "filter"),
         ({"directions": "two"}, "directions"),
         ({"emb_dim": 4}, "emb_dim"),
+        ({"reach": 0}, "reach"),
     ):
         with pytest.raises(CrosslightError, match=f"{named}: got"):
             make(**options)

@@ -105,3 +105,5 @@ def test_bad_input_is_named():
     _, cache = attn.rows(tokens(3, 4), width=4)
     with pytest.raises(CrosslightError, match="rows after 3"):
         attn.rows(tokens(2, 4), cache, width=4)
+    with pytest.raises(CrosslightError, match="position: got .*, expected None"):
+        layer(position="rope").rows(tokens(2, 4), width=4)

@@ -60,18 +60,19 @@ def by_hand(attn, x, z):
     for b in range(len(x)):
         for j in range(z.shape[1]):
             read[b, logits[b, :, j].argmax()] += values[b, j]
-    return logits, dense(attn.out, norm(attn.read_norm, read)), values, read
+    return logits, dense(attn.out, norm(attn.read_norm, read)), values
 
 
 def test_equals_the_layer_written_out():
     attn, (x, z) = made(), streams()
-    logits, y, values, read = by_hand(attn, x, z)
+    logits, y, values = by_hand(attn, x, z)
     torch.testing.assert_close(attn.logits(x, z), logits)
     torch.testing.assert_close(attn(x, z), y)
     weights = attn.weights(x, z)
     assert torch.equal(weights.sum(2), torch.ones(2, 1, 30, dtype=torch.float64))  # one centre a pixel
     assert ((weights == 0) | (weights == 1)).all()
-    torch.testing.assert_close(read.sum(1), values.sum(1))  # what the centres gather is all there is
+    # What the centres gather is all there is.
+    torch.testing.assert_close(gathered(values, assigned(logits), 4).sum(1), values.sum(1))
     soft = made(assign="softmax")
     torch.testing.assert_close(soft.weights(x, z)[:, 0], by_hand(soft, x, z)[0].softmax(-1))
 

@@ -98,7 +98,7 @@ def test_retrieving_all_blocks_is_the_grouped_softmax():
 
 
 def test_softmax_where_landmarks_score_the_log_sum_exp_of_their_block():
-    """One query at the end, whose scores are set through a square system of keys."""
+    """All queries are alike, so that the first channel of a key is its score."""
     n, block, dim = 23, 4, 24
     q = torch.zeros(1, 1, n, dim, dtype=torch.float64)
     q[..., 0] = dim**0.5

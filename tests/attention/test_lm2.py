@@ -102,9 +102,10 @@ def test_facts_of_the_first_segment_reach_the_fourth_by_memory_only(slots):
     assert not grad[14:].any()
 
 
+@pytest.mark.parametrize("position", ["rope", "relative"])
 @pytest.mark.parametrize("cross", [False, True])
-def test_local_decoding_forgets_the_segment_before(cross):
-    attn, x, z = make(local=True), stream(11), stream(3) if cross else None
+def test_local_decoding_forgets_the_segment_before(cross, position):
+    attn, x, z = make(local=True, position=position), stream(11), stream(3) if cross else None
     cache, parts = None, []
     for t in range(11):
         y, cache = attn.step(x[:, t : t + 1], cache, context=z if t == 0 else None)

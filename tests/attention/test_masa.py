@@ -108,6 +108,22 @@ def test_siblings_keep_their_dictionary_in_a_state_dict_and_a_copy(x):
     assert other[0].k.dictionary.atoms is other[2].k.dictionary.atoms
 
 
+def test_siblings_share_their_dictionaries_only(x):
+    layer = make(position="relative")
+    other, called = layer.sibling(), []
+    shared = {id(p) for p in layer.parameters()} & {id(p) for p in other.parameters()}
+    assert shared == {id(p.dictionary.atoms) for p in layer.combined()}
+    layer.register_forward_hook(lambda *_: called.append(layer))
+    other(x)
+    assert not called
+
+
+def test_layers_in_half_precision_are_converted():
+    layers = [layer.bfloat16() for layer in plain(2)]
+    shared = MatrixAtomSharing.converted(layers, 2)
+    assert all(torch.allclose(a.q.weight, b.q.weight, atol=1e-2) for a, b in zip(shared, layers, strict=True))
+
+
 @pytest.mark.parametrize("position", [None, "rope", "relative"])
 def test_merged_is_plain_attention_with_the_same_output(position, x):
     layer = make(position=position).sibling()

@@ -56,6 +56,15 @@ def test_masked_positions_have_no_probability():
     assert keep[0][attn.point(d, e, mask=keep)].all()
 
 
+def test_a_row_with_nothing_to_point_at_is_not_nan():
+    attn, d, e = make(), stream(3), stream(7)
+    keep = torch.arange(7) < torch.tensor([[4], [0]])
+    log = attn.log_probabilities(d, e, mask=keep)
+    assert (log[1] == -math.inf).all()
+    log[0, ..., :4].sum().backward()
+    assert all(p.grad.isfinite().all() for p in attn.score.parameters())
+
+
 def test_queries_in_chunks_are_all_queries_at_once(monkeypatch):
     attn, x = make(heads=2), stream(9)
     expected = attn(x), attn(x, causal=True)

@@ -85,9 +85,9 @@ def test_decoding_equals_the_full_pass(variant, cross, x):
 
 
 def test_efficient_caches_the_states_alone(x):
-    cache = None
+    attn, cache = made("efficient"), None
     for i in range(N):
-        _, cache = made("efficient").step(x[:, i : i + 1], cache)
+        _, cache = attn.step(x[:, i : i + 1], cache)
     assert cache.state.nbytes == x.numel() * x.element_size()
 
 

@@ -102,3 +102,16 @@ def test_the_localisation_loss_asks_for_the_direction_of_the_map(pair):
     expected = 1 - (a[:, 0, 0, 4] / a[:, 0, 0].norm(dim=-1)).mean()
     assert localisation_loss(a, target).item() == pytest.approx(expected.item())
     assert localisation_loss(0.3 * a, target).item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("dtype", [torch.double, torch.bfloat16])
+def test_a_closed_layer_has_found_that_nothing_changed(dtype, pair):
+    before, after = (t.index_fill(2, torch.tensor(0), 0.0) for t in pair)
+    after[:, 0, 0] = 10.0
+    attn = make()
+    lean(attn, 1.0)
+    a = attn.to(dtype).weights(before[:, :1].to(dtype), after.to(dtype))
+    assert not a.any()
+    unchanged = torch.eye(10)[:1].expand(2, 1, 10)
+    assert localisation_loss(a, unchanged).item() == pytest.approx(0)
+    assert localisation_loss(a, unchanged.flip(-1)).item() == pytest.approx(1)

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import crosslight
+from crosslight.attention import dynamic_mask_attention
 from crosslight.attention.base import How
 from crosslight.attention.wonderful_matrices import CrossDomainMoE, RotarySSD, lifetimes
-from crosslight.engines import sparse
 from crosslight.errors import CrosslightError
 
 
@@ -65,7 +65,7 @@ def test_without_a_it_is_plain_causal_attention():
 @pytest.mark.parametrize("ties", [True, False])
 def test_reads_the_keys_with_the_largest_m(causal, ties, monkeypatch):
     """The set is written out query by query; what is outside has weight exactly 0."""
-    monkeypatch.setattr(sparse, "SMALL", 0)  # also a short call gathers its keys
+    monkeypatch.setattr(dynamic_mask_attention, "CHUNK", 1)  # several chunks of as many queries as are kept
     attn, window = made(keep_window=5), 5
     if ties:
         torch.nn.init.zeros_(attn.a)

@@ -83,7 +83,8 @@ class BRALayer(AttentionLayer):
 
     def _extra(self, how: How) -> dict[str, Any]:
         # Of x itself, padding is known; that of a context says nothing of the queries.
-        return super()._extra(how) | ({} if how.cross else {"asking": masks.split(how.mask)[1]})
+        asking = None if how.cross else masks.split(how.mask)[1]
+        return super()._extra(how) | {"asking": asking, "cross": how.cross}
 
     def _local(self, v: Heads, how: How) -> Heads | float:
         if self.lce is None or how.cross:
@@ -133,10 +134,10 @@ class BRA(Core):
             return Cut(sides, (1, math.ceil(n / count**2)))
         return Cut(sides, (math.ceil(sides[0] / count), math.ceil(sides[1] / count)))
 
-    def forward(self, q, k, v, *, mask=None, causal=False, grid=None, asking=None):
+    def forward(self, q, k, v, *, mask=None, causal=False, grid=None, asking=None, cross=False):
         if forced() == "reference":
-            return self.weights(q, k, mask=mask, grid=grid, asking=asking) @ v
-        of_q, of_k = self._cuts(q, k, grid)
+            return self.weights(q, k, mask=mask, grid=grid, asking=asking, cross=cross) @ v
+        of_q, of_k = self._cuts(q, k, grid, cross)
         if self.top_k is None or self.top_k >= of_k.count[0] * of_k.count[1]:
             return dense.attend(q, k, v, mask=mask)
         keep, queries, keys = masks.split(mask)[1], of_q.members(q.device), of_k.members(q.device)
@@ -156,8 +157,8 @@ class BRA(Core):
         y = dense.attend(own, gather(region_k), gather(grouped.take(v, keys)), mask=masks.keys(there))
         return grouped.put_back(y.unflatten(0, (len(q), -1)).transpose(1, 2), queries, q.shape[2])
 
-    def weights(self, q, k, *, mask=None, causal=False, grid=None, asking=None):
-        of_q, of_k = self._cuts(q, k, grid)
+    def weights(self, q, k, *, mask=None, causal=False, grid=None, asking=None, cross=False):
+        of_q, of_k = self._cuts(q, k, grid, cross)
         regions = of_k.count[0] * of_k.count[1]
         if self.top_k is None or self.top_k >= regions:
             return dense.weights(q, k, mask=mask)
@@ -171,8 +172,9 @@ class BRA(Core):
     def read(self, weights, v, *, grid=None):
         return super().read(weights, v)
 
-    def _cuts(self, q: Heads, k: Heads, grid: Any) -> tuple[Cut, Cut]:
-        same = q.shape[2] == k.shape[2]
+    def _cuts(self, q: Heads, k: Heads, grid: Any, cross: bool) -> tuple[Cut, Cut]:
+        # A context is one row, be it by chance as long as the map.
+        same = not cross and q.shape[2] == k.shape[2]
         return self.cut(q.shape[2], grid), self.cut(k.shape[2], grid if same else None)
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ Both softmaxes take the same scores, so that the gate's d + 1 numbers, shared by
 paper puts it into the lower cross-attention layers of a decoder that predicts all tokens at once (Mask-Predict), whose
 cross-attention is too diffuse without. The window is centred on what the query matches best and, with
 ``centre="position"``, on the token at the query's own position (the last one, where the source is shorter). The
-position of the peak has no gradient. Rows sum to 1."""
+position of the peak has no gradient. Rows sum to 1, or to 1 - g where all of a position's window is masked."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@
     U = SiLU(Z W_u),   P = sigmoid(Z W_p)                 gates, (n, v) and (n, dim)
     Y = P * SiLU(X W_x + (U * O) W_h) + (1 - P) * X
 
-k_long has ``taps`` numbers at each of ``scales`` scales: the piece of scale i covers taps * 2^(i-1) tokens by
-interpolation and is 2^-i as large, so that the kernel falls with the distance and reaches taps * 2^(scales-1) tokens.
+k_long has ``taps`` numbers at each of ``scales`` scales: the piece of scale i (0, 1, ...) covers max(1, 2^(i-1)) * taps
+tokens by interpolation, times 2^-i, so that the kernel falls with the distance and reaches taps * 2^(scales-1) tokens.
 In evaluation the two branches and their batch norms are one kernel and a bias, k = k_long s_l + k_short s_s, and one
 FFT. Causal calls convolve the past, others both sides, with kernels for each. In cross-attention the keys come from the
 context's convolution over both sides. The output holds its own gated residual. Cost O(n log n), of attention O(n);

@@ -60,9 +60,10 @@ CARD = Card(
     decode="kv",
     small={"block_size": 16},
     checked="the factors written out token by token for all three instances; exact softmax with one block",
-    differs="Noncausal forms read the blocks on both sides. The axial instance is the row-major one, with a summary's "
-    "own key; the mixture of instances is not built. Masked tokens are left out of the summaries; in the axial "
-    "instance a column that a row lacks summarises the row evenly. The cost holds for blocks that grow with sqrt(n).",
+    differs="Noncausal forms read the blocks on both sides. The axial instance is the row-major one; its summaries "
+    "have the key of their token, where the released code projects a new one from the summary. The mixture of "
+    "instances is not built. Masked tokens are left out of the summaries; in the axial instance a column that a row "
+    "lacks summarises the row evenly. The cost holds for blocks that grow with sqrt(n).",
     evidence=Evidence(
         claim="Recall at any distance: beats a window that reads as many keys",
         task="zoology-mqar",

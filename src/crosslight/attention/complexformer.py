@@ -1,7 +1,7 @@
 """Complex multi-head attention: queries and keys in polar form, with phases that each head rescales.
 
 Shao et al., "ComplexFormer: Disruptively Advancing Transformer Inference Ability via Head-Specific Complex Vector
-Attention", 2025.
+Attention", 2025, arXiv 2505.10222 (withdrawn by an author; version 1 is meant).
 
     q = r_q exp(i theta_q), k = r_k exp(i theta_k)      d/2 complex numbers a head: the two halves of its width
     S_mn = sum_c r_q r_k cos(delta_c (theta_q(m) - theta_k(n)) + b_c + (m - n) g_c)        (batch, heads, n, m)
@@ -44,7 +44,7 @@ CARD = Card(
     title="ComplexFormer: Disruptively Advancing Transformer Inference Ability via Head-Specific Complex Vector "
     "Attention",
     year=2025,
-    paper="https://github.com/shaojintian/complexFormer",
+    paper="2505.10222",
     code="shaojintian/complexFormer",
     summary="Each head rescales and shifts the phases of complex queries and keys before rotary positions.",
     patterns=("noncausal-self", "causal-self", "noncausal-cross", "causal-cross"),

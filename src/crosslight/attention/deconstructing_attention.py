@@ -46,8 +46,8 @@ CARD = Card(
     title="Deconstructing Attention: Investigating Design Principles for Effective Language Modeling",
     year=2025,
     paper="2510.11602",
-    summary="Scores from a frozen random sequence, from static or random embeddings, or none: attention with less to "
-    "know than the hidden states.",
+    summary="Scores come from a frozen random sequence, from static or random embeddings, or there are none: they know "
+    "less than the hidden states.",
     patterns=("noncausal-self", "causal-self", "noncausal-cross", "causal-cross"),
     cost="n^2",
     decode="kv",

@@ -16,9 +16,9 @@ A stream of C class tokens, one a category, then P patches; A is its attention, 
 
 It has no parameters and is put between the blocks of a segmenter that knows image labels only: with the right
 patches amplified and classes that occur together kept apart, class activation maps (`cam`) are to cover objects better.
-The strength is to grow from block to block, say as l / L in block l of L; each layer is given its own. `rebuild` is the
-change W E by itself. The layer is softmax attention plus strength W x; ``with attn.given(present=labels, colours=rgb):``
-tells it the labels of the image and the mean colours of its patches.
+The strength is to grow from block to block, say as l / L in block l of L; each layer is given its own. `rebuild` is
+the change W E by itself. The layer is softmax attention plus strength W x; inside
+``with attn.given(present=labels, colours=rgb):`` it knows the labels of the image and the mean colours of its patches.
 """
 
 from __future__ import annotations

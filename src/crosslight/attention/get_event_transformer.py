@@ -238,7 +238,7 @@ class GroupEmbedding(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, hidden // 4, 3, padding=1, groups=groups)
         self.mlp = nn.Sequential(
-            nn.Linear(hidden // 4, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, dim)
+            nn.Linear(hidden // 4, hidden), nn.LayerNorm(hidden, eps=1e-6), nn.GELU(), nn.Linear(hidden, dim)
         )
 
     def forward(self, x: Map) -> Map:
@@ -253,14 +253,16 @@ class GroupAggregation(nn.Module):
         expect(groups % 2 == 0, "groups", groups, "an even number, as stages halve it")
         self.groups = groups
         self.conv = nn.Conv2d(3 * dim // 2, 2 * dim, 3, padding=1, groups=groups // 2)
-        self.norm = nn.LayerNorm(2 * dim)
+        self.norm = nn.LayerNorm(2 * dim, eps=1e-6)
 
     def forward(self, x: Map) -> Map:
         first = torch.arange(0, self.groups, 2, device=x.device)[:, None]
         read = (first + torch.arange(-1, 2, device=x.device)).clamp(min=0)  # the first group twice
         overlapping = x.unflatten(1, (self.groups, -1)).index_select(1, read.flatten()).flatten(1, 2)
         y = self.norm(self.conv(overlapping).movedim(1, -1)).movedim(-1, 1)
-        return F.max_pool2d(y, 3, stride=2, padding=1)
+        # As in the released code, windows of 3 begin at even places unless a side is odd.
+        odd = [side % 2 for side in y.shape[2:]]
+        return F.max_pool2d(F.pad(y, (odd[1], 1, odd[0], 1), value=-math.inf), 3, stride=2)
 
 
 class DualBlock(nn.Module):

@@ -5,7 +5,7 @@
     [x0, x1, v] = short(W_in x)                    short: a depth-wise 3 x 3 convolution       (batch, H, W, dim) each
     u = x1 * v,   y = x0 * (k conv u + D u),   out = W_out y                                      order 2
     k(i, j) = window(i, j) MLP([z(i) ; z(j)])      "2d", or the product of two filters of one axis each, "product"
-    z(i) = (t, cos(f w), sin(f w), ...),  t = i / (reach - 1),  w = 2 pi i / reach
+    z(i) = (t, cos(f w), -sin(f w), ...),  t = i / (reach - 1),  w = 2 pi i / reach
     window(i, j) = exp(-(t_i + t_j) |delta_c|),    delta_c from log(target) / 1.5 to log(target) / 0.3
 
 The MLP has sines of trainable frequency. k reaches down and to the right of a cell only, so a convolution looks from
@@ -57,14 +57,15 @@ CARD = Card(
     checked="zero-padded conv2d with the filter written out cell by cell; rank, reach and equivariance of the filter",
     differs="The released FFT leaves a factor 1/(2 H) in its result, which is not in the paper and not here. Filters "
     "are functions of i / (reach - 1), not of the grid's own sides, so that they do not change with the grid and "
-    "decoding equals the full pass. Of the ways to look in all directions there are one quadrant a layer, to be "
-    "alternated, and the linear merge of four; not the four sets of short filters. The sizes of the paper's backbones "
-    "could not be checked against published counts.",
+    "decoding equals the full pass. The window has no constant added. Of the ways to look in all directions there are "
+    "one quadrant a layer, to be alternated, and the linear merge of four; not the four sets of short filters. The "
+    "sizes of the paper's backbones could not be checked against published counts.",
     evidence=Evidence(
         claim="in place of attention it classifies small images better",
         task="digits",
         metric="accuracy",
         margin=0.0,
+        options={"reach": 8},
     ),
 )
 
@@ -164,6 +165,7 @@ class HyenaND(Mechanism):
         expect(directions in ("one", "four"), "directions", repr(directions), "'one' or 'four'")
         expect(quadrant in range(4), "quadrant", quadrant, "a number from 0 to 3")
         expect(emb_dim >= 3 and emb_dim % 2 == 1, "emb_dim", emb_dim, "an odd number of at least 3")
+        expect(reach > 0, "reach", reach, "a positive int")
         expect(window in ("fixed", "learned"), "window", repr(window), "'fixed' or 'learned'")
         own: dict[str, Any] = {"reach": reach, "width": filter_width, "emb_dim": emb_dim, "inner": inner_mlps}
         own |= {"sine": sine, "learned": window == "learned"}

@@ -67,7 +67,9 @@ CARD = Card(
         task="language",
         metric="bits_per_byte",
         margin=0.05,
+        baseline="fused-neighborhood-attention",
         options={"window": 16, "meta_tokens": 8, "states": 4},
+        baseline_options={"kernel_size": 16, "position": "rope"},
     ),
 )
 

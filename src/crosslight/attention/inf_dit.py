@@ -103,6 +103,7 @@ class UniBALayer(AttentionLayer):
             cache: None at the top, then what the previous call returned.
         """
         self._check_stream("x", x, self.dim)
+        expect(self.position is None, "position", type(self.position).__name__, "None, as `rows` has no other rotation")
         expect(x.shape[1] % width == 0, "width", width, f"a divisor of the {x.shape[1]} tokens of x")
         q, k, v = (dense.repeat_heads(t, self.heads) for t in (self._queries(x), self._keys(x), self._values(x)))
         y, cache = self.core.rows(q, k, v, cache, (x.shape[1] // width, width))

@@ -59,7 +59,8 @@ CARD = Card(
     differs="The residual, the self-attention and MLP of the centres and the class head are the caller's. As the "
     "mask head learns from its own loss only, the conformance suite, which asks that the output teaches all "
     "parameters, runs the softmax form, and the row's tests run the suite on the k-means form. assign='softmax' is "
-    "the paper's baseline, a softmax over pixels of the same logits.",
+    "the paper's baseline, a softmax over pixels of the same logits. In training the batch norms count masked pixels "
+    "too.",
     evidence=Evidence(
         claim="separates generated shapes better than a softmax over pixels (here without the mask loss)",
         task="shapes-ari",

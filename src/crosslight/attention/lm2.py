@@ -7,7 +7,7 @@
     write    after each segment of E, with P = [M ; E] and C = softmax(M W_S (P W_K)^T / sqrt(d)) P W_V     (slots, dim)
              M <- sigmoid(mean(E) W_in) * tanh(C) + sigmoid(C W_forget) * M
 
-The bank M (slots, dim) starts as the identity, as wide as the paper's 2048 x 2048 unless ``slots`` is given. A token
+The bank M (slots, dim) starts as the identity, square like the paper's 2048 x 2048 unless ``slots`` is given. A token
 reads the bank as it was at the start of its segment, so causality holds. Attention is untouched by the memory: over
 everything, as in the paper, or with ``local`` over the segment alone, where the bank is what reaches further and the
 cost is linear. In cross-attention the attention reads the context, and the bank stays that of x. `weights` shows the
@@ -194,7 +194,7 @@ class LM2(AttentionLayer):
         length = 0 if cache is None else cache.length
         start, inner = length % self.segment == 0, None if cache is None else cache.attention
         if inner is not None and start and self.local and not how.cross:
-            inner = LayerCache(length, None)  # the segment before is forgotten; the bank remembers it
+            inner = LayerCache(0, None)  # the segment before is forgotten, its positions too; the bank remembers it
         y, inner = super()._step(x, inner, context, how)
         if self.memory is None:
             return y, LM2Cache(length + 1, inner, x[:, :0], x[:, :0], how.cross)

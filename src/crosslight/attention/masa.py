@@ -127,9 +127,7 @@ class MatrixAtomSharing(AttentionLayer):
 
     def sibling(self) -> MatrixAtomSharing:
         """Another layer on the same dictionaries: fresh coefficients, biases and what is not shared."""
-        other = copy.copy(self)
-        for table in ("_parameters", "_buffers", "_modules"):
-            setattr(other, table, dict(getattr(self, table)))
+        other = copy.deepcopy(self, {id(p.dictionary): p.dictionary for p in self.combined()})
         for name in NAMES.values():
             old = getattr(self, name)
             if isinstance(old, CombinedLinear):
@@ -137,8 +135,6 @@ class MatrixAtomSharing(AttentionLayer):
             else:
                 new = nn.Linear(old.in_features, old.out_features, old.bias is not None)
             setattr(other, name, new.to(old.weight))
-        other.core = copy.deepcopy(self.core)
-        other.position = copy.deepcopy(self.position)  # a learned bias belongs to a layer
         return other
 
     def stack(self, depth: int) -> nn.ModuleList:
@@ -188,6 +184,7 @@ class MatrixAtomSharing(AttentionLayer):
                         new.weight.copy_(trained.weight)
             for name in (NAMES[kind] for kind in kinds):
                 weights = torch.stack([getattr(layer, name).weight for layer in layers])
+                weights = weights.to(torch.promote_types(weights.dtype, torch.float32))  # as half precision has no SVD
                 u, s, v = torch.linalg.svd(weights.flatten(1), full_matrices=False)
                 # Atoms of the size of a layer's matrix, so that coefficients are of order one.
                 size = s[:atoms] / math.sqrt(len(layers))

@@ -45,14 +45,14 @@ CARD = Card(
     patterns=("noncausal-self", "causal-self"),
     why_not="A span is a distance along one stream; the tokens of another have no place in it.",
     cost="n",
-    decode="kv",
+    decode="state",
     small={"block": 4},
     checked="transformers' GPT-Neo with all layers full; a mask written out token by token; attention block by block",
     differs="The paper has no noncausal form: a query then reads the next block too. Its 1.3B network is "
     "reconstructed with the shape of GPT-Neo 1.3B, the public model of that size, and scores divided by sqrt(d). The "
-    "cost is that of a block-local layer; a full one is n^2. That full layers serve best at the bottom is the paper's "
-    "finding: `placement` has the others it tried. Tasks build all layers alike, so the evidence is about block-local "
-    "layers only.",
+    "cost and the state are those of a block-local layer; a full one costs n^2 and keeps all keys. That full layers "
+    "serve best at the bottom is the paper's finding: `placement` has the others it tried. Tasks build all layers "
+    "alike, so the evidence is about block-local layers only.",
     evidence=Evidence(
         claim="a byte language model whose layers read 16 to 32 bytes back is not worse by more than 0.05 bits a byte",
         task="language",

@@ -13,9 +13,9 @@ arXiv 2410.13732.
                  collapsed    y = sum_h A_h z W_VO,h               W_VO,h (context_dim, dim)
                  none         y = mean_h A_h z                     no numbers: y lies in the convex hull of z
 
-Only products of matrices count, so each pair may be one matrix. All forms but the full ones read the tokens as they
-are: with "collapsed" or "symmetric" similarity they decode with a cache of the tokens alone. The MLP, which the paper
-leaves out too, is the block's.
+Only products of matrices count, so each pair may be one matrix. With "collapsed" or "symmetric" similarity the keys are
+the tokens as they are, and so are the values unless they are "full": such a layer decodes with a cache of the tokens
+alone. The MLP, which the paper leaves out too, is the block's.
 """
 
 from __future__ import annotations

@@ -200,7 +200,9 @@ class NeuralAttentionSearch(AttentionLayer):
         """Attention with drawn types, whose gradient is the paper's."""
         drawn = F.gumbel_softmax(self._logits(x), tau=self.temperature, hard=True)
         at = torch.arange(x.shape[1], device=x.device)
-        kind = drawn.detach().argmax(-1).masked_fill(at == 0, GLOBAL)
+        # The first token is global whatever was drawn, so its draw has no gradient.
+        drawn = torch.where((at == 0)[:, None], F.one_hot(torch.full_like(at, GLOBAL), 3).to(drawn.dtype), drawn)
+        kind = drawn.detach().argmax(-1)
         ends = self._ends(kind, keep)
         drawn, k, v = (dense.repeat_heads(t, self.heads) for t in (drawn, k, v))
         ends, until = (dense.repeat_heads(t[..., None], self.heads)[..., 0] for t in (ends, self._until(kind, ends)))

@@ -9,11 +9,11 @@ Segmentation", 2024, arXiv 2402.19422.
     p_i = [k_j(i,1) ; ... ; k_j(i,h)]                   the prototype                        (batch, n, dim)
     y_i = W_o (alpha * norm(W_p (p * q))_i + p_i)       norm: each channel divided by its norm over the queries
 
-No softmax and no values: after the search all is elementwise. The queries are learned where ``x`` is None. ``last`` are
-the mask logits of the layer before: a query reads pixels where its own are not negative, and all pixels if there are
-none. In self-attention ``grid`` is the shape of the pixels; for a context it is ``context_grid``, and without it the
-pixels are a line. Positional codes are the caller's to add. Queries and keys are made in at least float32: a winner
-that rounding chose would be another pixel.
+No softmax and no values: after the search the cost no longer depends on the pixels. The queries are learned where ``x``
+is None. ``last`` are the mask logits of the layer before: a query reads pixels where its own are not negative, and all
+pixels if there are none. In self-attention ``grid`` is the shape of the pixels; for a context it is ``context_grid``,
+and without it the pixels are a line. Positional codes are the caller's to add. Queries and keys are made in at least
+float32: a winner that rounding chose would be another pixel.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ CARD = Card(
     small={"queries": 5},
     checked="the equations written out query by query; what may and what may not change the winner",
     differs="The residual, positional codes and the pixel decoder (deformable convolutions, channel gate) are the "
-    "caller's. The cost is that of a fixed number of queries.",
+    "caller's. The cost is that of a fixed number of queries. In training the batch norm counts masked pixels too.",
     evidence=Evidence(
         claim="digits are read within two points of softmax attention by the best pixel of each head alone",
         task="digits",

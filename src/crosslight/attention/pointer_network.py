@@ -202,7 +202,11 @@ class PointerAttention(Mechanism):
         q, k = self.score.queries(x), self.score.keys(context)
         keep = dense.visible(q, k, how.mask, how.triangular)
         scores = self.score(q, k)
-        return (scores if keep is None else scores.masked_fill(~keep, -math.inf)).log_softmax(-1)
+        if keep is None:
+            return scores.log_softmax(-1)
+        # The finite floor keeps rows with nothing to point at, and their gradients, from being NaN.
+        floor = torch.finfo(scores.dtype).min
+        return scores.masked_fill(~keep, floor).log_softmax(-1).masked_fill(~keep, -math.inf)
 
     def point(
         self, x: Tensor, context: Tensor | None = None, *, mask: Mask | Tensor | None = None, causal: bool = False

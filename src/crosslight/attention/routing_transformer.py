@@ -63,8 +63,9 @@ CARD = Card(
     "queries and keys at k = 1; the moving average of the centroids",
     differs="In the paper which tokens a cluster holds depends on later tokens, also in the causal model; here that "
     "needs `lookahead=True`, and the causal form is the paper's definition by the nearest centroid, cut at the last "
-    "`window` members. Cross patterns are ours. The cost holds for clusters near sqrt(n). Masked tokens are in no "
-    "cluster.",
+    "`window` members. Centroids follow the means as above; the released code averages sums and counts apart, and has "
+    "a loss that draws tokens to their centroids. Cross patterns are ours. The cost holds for clusters near sqrt(n). "
+    "Masked tokens are in no cluster.",
     evidence=Evidence(
         claim="Recall at any distance: heads that route by content beat a sliding window of twice as many keys",
         task="zoology-mqar",

@@ -53,7 +53,7 @@ CARD = Card(
     mask="keys",
     checked="timm's SHSA and SHViT with the same weights, and its parameter counts",
     differs="Cross-attention, in which the keys and values are of the first part of the context's channels, and masks "
-    "are ours; masked tokens do not enter the normalisation.",
+    "are ours; masked tokens do not enter the group norm, but in training they count in the batch norms.",
     evidence=Evidence(
         claim="one head on a fifth of the channels reads digits not worse than four heads on all by more than 0.03",
         task="digits",

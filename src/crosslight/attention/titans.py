@@ -23,9 +23,9 @@ learned persistent tokens P that every query sees:
     mal   that attention over memory(x)
     lmm   the memory alone
 
-`weights` shows the attention of each head; of mag and lmm also what each token's surprise v_i - M(k_i) adds to later
-readings, 2 c_ti (z_t . a_i) in the last layer, so that the memory too is a matrix over tokens. Decoding carries the
-weights of the memory and one segment, whatever the length.
+`weights` shows the attention of each head; of mag also, and of lmm alone, what each token's surprise v_i - M(k_i) adds
+to later readings, 2 c_ti (z_t . a_i) in the last layer, so that the memory too is a matrix over tokens. Decoding
+carries the weights of the memory and one segment, whatever the length.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ CARD = Card(
     "theta), and the MLP is twice as wide inside: the paper gives no figures. Readings inside a chunk see each token's "
     "own update, as in the paper; titans-pytorch reads at the weights of whole chunks.",
     evidence=Evidence(
-        claim="with attention over 8 tokens, pairs of before are recalled through the memory",
+        claim="with attention over the last 8 tokens, pairs from further back are recalled through the memory",
         task="zoology-mqar",
         metric="accuracy",
         margin=0.2,
-        baseline="lm2",
+        baseline="fused-neighborhood-attention",
         options={"form": "mag", "segment": 8, "chunk": 8},
-        baseline_options={"segment": 8, "local": True, "slots": 0},
+        baseline_options={"kernel_size": 8, "position": "rope"},
         budget={"steps": 400},
     ),
 )

@@ -64,8 +64,8 @@ CARD = Card(
     small={"bptt": True},
     checked="the walk written out query by query; the selected nodes partition the context; plain attention at b >= m",
     differs="Pre-norm of the queries, the residual and the MLP after it are the caller's, and the residual of the "
-    "aggregator adds its input, where the released one adds the normalised input. Empty places of the tree are "
-    "masked, not filled with other tokens.",
+    "aggregator adds its input, where the released one adds the normalised input; its MLP is a GELU one, theirs is "
+    "gated. Empty places of the tree are masked, not filled with other tokens.",
     evidence=Evidence(
         claim="copies about as well as full cross-attention from 6 of 32 tokens (here without the policy loss)",
         task="copy",

@@ -8,10 +8,9 @@ Transformers", 2021, arXiv 2104.13840. Spatially separable self-attention is two
           y_i = softmax(q_i K'^T / sqrt(d)) V'             K', V' of Z'; all tokens read all summaries
 
 LSA costs O(k^2 n d) and GSA O(n^2 d / r^2). `Twins` is GSA, and LSA where ``window`` is given (which has a causal
-form, and takes any mask). In GSA ``weights`` shows
-the weight of a summary as spread over the tokens of its window, and ``read`` sums it up again. Masked tokens are zero
-in the convolution, and summaries of nothing else are not read. Without ``grid=(H, W)`` tokens are one row; so is a
-context.
+form, and takes any mask). In GSA ``weights`` shows the weight of a summary as spread over the tokens of its window, and
+``read`` sums it up again. Masked tokens are zero in the convolution, and summaries of nothing else are not read.
+Without ``grid=(H, W)`` tokens are one row; so is a context.
 
 `Network` is the paper's pyramid with a conditional position (depthwise 3 x 3, added) after the first block of each
 stage: Twins-SVT of LSA and GSA in turn, Twins-PCPVT of GSA alone.

@@ -53,10 +53,10 @@ CARD = Card(
     small={"cube": (1, 2, 2)},
     checked="the released code's selection written out pair by pair, for each scope; softmax under the boolean matrix "
     "of the selection with ragged boxes; softmax at tau = 1 and attention in boxes at tau = 0",
-    differs="The released code keeps one pair more than the mass asks for, and ranks the pairs of a whole batch "
-    "together; here each video has its own budget. Masked tokens take no part in means and ranking. Sizes of boxes "
-    "and tau go with the latents, so the defaults are to be set. Without a grid, boxes are runs of as many tokens as "
-    "`cube` holds.",
+    differs="The released code keeps one pair of a head also where the own boxes hold enough, and ranks the pairs of a "
+    "whole batch together; here each video has its own budget. Masked tokens take no part in means and ranking. Sizes "
+    "of boxes and tau go with the latents, so the defaults are to be set. Without a grid, boxes are runs of as many "
+    "tokens as `cube` holds.",
     evidence=Evidence(
         claim="Digits are read as well when only the strongest pairs of pixel and box are kept, up to half of the mass",
         task="digits",

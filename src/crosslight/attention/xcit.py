@@ -58,8 +58,9 @@ CARD = Card(
     mask="keys",
     decode="state",
     checked="timm's XCA and Xcit with the same weights, and its parameter counts; invariances of the channel matrix",
-    differs="The causal form, decoding and masks are ours. In the class attention of the network the patches too are "
-    "normalised, and added to themselves, as in the released code and in timm.",
+    differs="tau multiplies, as in the released code; the paper divides by it. The causal form, decoding and masks are "
+    "ours. In the class attention of the network the patches too are normalised, and added to themselves, as in the "
+    "released code and in timm.",
     evidence=Evidence(
         claim="channel attention reads 8 x 8 digits not worse than token attention by more than 0.03",
         task="digits",

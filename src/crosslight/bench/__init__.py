@@ -3,7 +3,7 @@
 from crosslight.bench.calls import Setting, parse_mask
 from crosslight.bench.curves import Crossing, efficiency_length, growth
 from crosslight.bench.machine import machine
-from crosslight.bench.sweep import Measurement, Summary, summarise, sweep
+from crosslight.bench.sweep import Measurement, Summary, record, summarise, sweep
 
 __all__ = [
     "Crossing",
@@ -14,6 +14,7 @@ __all__ = [
     "growth",
     "machine",
     "parse_mask",
+    "record",
     "summarise",
     "sweep",
 ]

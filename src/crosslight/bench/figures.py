@@ -168,14 +168,18 @@ def extra_memory(bench: _Bench) -> Iterator[Figure]:
 def _extra_memory(bench: _Bench, card: Card, n: int) -> Iterator[Figure]:
     wanted = ("causal-self", "noncausal-self", "noncausal-cross", "causal-cross")
     pattern = next(p for p in wanted if p in card.patterns)
+    known = registry.options(registry.factory(card.id)[0])
+    # A learned place a token, or a segment of 128: room for all of them.
+    room = {name: size for name, size in (("max_length", n), ("segments", n // 128)) if name in known}
+    entrant = Entrant(card.id, room)
     for backward in (False, True):
         setting: dict[str, Any] = {"pattern": pattern, "backward": backward}
         name = f"extra memory of {card.id} at {n:,}, {pattern}, {_passes(backward)}"
         try:
             try:
-                call, level = bench.call(card.id, n, level="core", **setting), "between heads"
+                call, level = bench.call(entrant, n, level="core", **setting), "between heads"
             except Unsupported:  # no core between heads
-                call, level = bench.call(card.id, n, **setting), "the whole layer"
+                call, level = bench.call(entrant, n, **setting), "the whole layer"
             with memory.bounded():
                 peak = memory.peak(call, bench.device)
         except (CrosslightError, RuntimeError, MemoryError) as error:

@@ -10,6 +10,7 @@ from crosslight.bench import flops, memory, timing
 from crosslight.bench.baselines import BASELINES
 from crosslight.bench.calls import Call, Prepared, Setting, Unsupported
 from crosslight.bench.curves import Crossing, efficiency_length, growth
+from crosslight.bench.machine import machine
 from crosslight.errors import CrosslightError, UnsupportedPattern
 from crosslight.tasks.base import Entrant
 
@@ -193,3 +194,13 @@ def _summary(own: Sequence[Measurement], entrant: str, baselines: Sequence[str])
         {name: growth(curve) for name, curve in curves.items()},
         {b: efficiency_length(curve, dict.fromkeys(curve, 1.0)) for b, curve in ratios.items() if curve},
     )
+
+
+def record(measurements: Sequence[Measurement], setting: Setting, baselines: Sequence[str]) -> dict[str, Any]:
+    """What was measured, with its summary, setting and machine, as JSON holds it and the report draws it."""
+    return {
+        "setting": setting.as_dict(),
+        "machine": machine(setting.device),
+        "measurements": [m.as_dict() for m in measurements],
+        "summary": [s.as_dict() for s in summarise(measurements, baselines)],
+    }

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -146,7 +146,7 @@ def bench(
     if figures:
         _figures(device)
         return
-    from crosslight.bench import Setting, machine, summarise, sweep
+    from crosslight.bench import Setting, record, summarise, sweep
     from crosslight.comparison.defaults import parse
 
     setting = Setting(pattern, dim, heads, batch, mask, dtype, device, backward, level)  # type: ignore[arg-type]
@@ -155,14 +155,6 @@ def bench(
     measured = list({e.label: e for text in [*chosen, *baselines] for e in parse(text)}.values())
     sizes = sorted({parse_length(text.strip()) for text in lengths.split(",")})
     done: list[Measurement] = []
-
-    def record() -> dict[str, Any]:
-        return {
-            "setting": setting.as_dict(),
-            "machine": machine(device),
-            "measurements": [m.as_dict() for m in done],
-            "summary": [s.as_dict() for s in summarise(done, baselines)],
-        }
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal) as progress:
@@ -182,7 +174,7 @@ def bench(
             if not errors().is_terminal:
                 print(f"{m.entrant} at {m.length:,}: {seconds(m.best) if m.best else m.status}", file=sys.stderr)
             if json_ is not None:
-                write_whole(json_, json.dumps(record(), indent=1) + "\n")
+                write_whole(json_, json.dumps(record(done, setting, baselines), indent=1) + "\n")
     screen = console()
     place = {e.label: i for i, e in enumerate(measured)}
     done.sort(key=lambda m: (m.length, place[m.entrant]))
@@ -193,5 +185,5 @@ def bench(
     if chart is not None:
         from crosslight.comparison import report
 
-        report.write([], chart, bench=record())
+        report.write([], chart, bench=record(done, setting, baselines))
         print(f"wrote {chart}")

@@ -8,13 +8,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from crosslight.cli.console import PatternOption, console
+from crosslight import registry
+from crosslight.cards import PATTERNS
+from crosslight.cli.console import PatternOption, console, errors
 from crosslight.errors import require
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from crosslight.bench import Measurement
+
+#: Tokens at which the report measures time and memory.
+LENGTHS = (256, 1024, 4096)
 
 
 def compare(
@@ -89,8 +97,32 @@ def compare(
         screen.print(f"note: {note}", style="dim", highlight=False, markup=False)
     for row in frame[frame.status != "ok"].itertuples():
         screen.print(f"{row.status}: {row.task} {row.label} seed {row.seed}: {row.error}", style="red", markup=False)
-    page.write(frame, report)
+    page.write(frame, report, bench=_curves(frame, where, dim, heads))
     screen.print(f"wrote {report}", highlight=False)
+
+
+def _curves(frame: pd.DataFrame, device: str, dim: int | None, heads: int | None) -> dict[str, Any] | None:
+    """Time and memory against length of the layers that were compared, in the pattern that most of them entered."""
+    from crosslight.bench import Setting, record, sweep
+    from crosslight.tasks.base import Entrant, Size
+
+    layers = frame[frame.pattern.isin(PATTERNS) & (frame.status == "ok")].drop_duplicates(["pattern", "label"])
+    if layers.empty:
+        return None
+    pattern = layers.pattern.value_counts().index[0]
+    entrants = [frame.attrs["entrants"][label] for label in layers.label[layers.pattern == pattern]]
+    entrants = [e for e in entrants if registry.card(e.id).kind == "token"]
+    if not entrants:
+        return None
+    setting = Setting(pattern, dim or Size.dim, heads or Size.heads, device=device)
+    done: list[Measurement] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal) as progress:
+        bar = progress.add_task("against length", total=len(LENGTHS) * (len(entrants) + 1))
+        for m in sweep([*entrants, Entrant("sdpa")], LENGTHS, setting, rounds=3, limit=2.0, baselines=["sdpa"]):
+            done.append(m)
+            progress.advance(bar)
+    return record(done, setting, ["sdpa"])
 
 
 def _leaderboard(board: pd.DataFrame) -> Table:

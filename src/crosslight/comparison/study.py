@@ -73,8 +73,8 @@ def compare(
         progress: show bars.
 
     Returns:
-        A row a trial, with the columns `COLUMNS`. ``frame.attrs["notes"]`` says what was skipped and why, and
-        ``frame.attrs["out"]`` where the store is.
+        A row a trial, with the columns `COLUMNS`. ``frame.attrs["notes"]`` says what was skipped and why,
+        ``frame.attrs["out"]`` where the store is and ``frame.attrs["entrants"]`` what each label stands for.
 
     Raises:
         CrosslightError: unknown ids, tasks, patterns or options, or a table or text that does not serve.
@@ -106,7 +106,8 @@ def compare(
     with Bars(trials, store, shown=progress) as bars:
         run_all(trials, store, workers=workers, watcher=bars.watch)
     frame = as_frame([store[trial.key] for trial in trials])
-    frame.attrs |= {"notes": notes, "out": str(store.folder)}
+    labelled = {trial.entrant.label: trial.entrant for trial in trials}
+    frame.attrs |= {"notes": notes, "out": str(store.folder), "entrants": labelled}
     return frame
 
 
