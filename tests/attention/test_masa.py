@@ -145,3 +145,5 @@ def test_bad_options_are_named():
         make(kinds="qx")
     with pytest.raises(CrosslightError, match="atoms: got 3, expected at most the 2 layers"):
         MatrixAtomSharing.converted(plain(4), 3, groups=2)
+    with pytest.raises(CrosslightError, match="layers: got .*sigmoid-attention.*, expected layers of softmax"):
+        MatrixAtomSharing.converted([crosslight.create("sigmoid-attention", dim=DIM, heads=HEADS)], 1)

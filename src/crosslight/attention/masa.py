@@ -152,6 +152,8 @@ class MatrixAtomSharing(AttentionLayer):
         """
         expect(len(layers) > 0 and len(layers) % groups == 0, "groups", groups, f"a divisor of {len(layers)} layers")
         size = len(layers) // groups
+        cores = {layer.core.card.id for layer in layers}
+        expect(cores == {"softmax"}, "layers", sorted(cores), "layers of softmax attention")
         grouped = next((layer for layer in layers if layer.kv_heads != layer.heads), None)
         expect(grouped is None, "layers", "one with grouped heads", "layers with as many key/value heads as heads")
         expect(1 <= atoms <= size, "atoms", atoms, f"at most the {size} layers of a group")
