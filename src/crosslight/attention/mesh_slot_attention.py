@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from crosslight.attention.slot_attention import SlotAttention
 from crosslight.cards import Card, Evidence
@@ -209,7 +210,9 @@ class MeshSlotAttention(SlotAttention):
         log_a = (logits.softmax(-1) * (self.scale or slots.shape[1])).clamp(min=LEAST).log()
         noise = self._noise(slots.to(log_a.dtype), z.shape[1])
         for i in range(self.iterations):
-            plan = self._plan(slots, k, log_a, noise, seen).to(v.dtype)
+            # The many small steps of a plan are made again in the backward pass: kept, they were most of the memory.
+            plan = checkpoint(self._plan, slots, k, log_a, noise, seen, use_reentrant=False, preserve_rng_state=False)
+            plan = plan.to(v.dtype)
             if i < self.iterations - 1:
                 slots = self._update(slots, plan, v)
         return slots, plan, v
