@@ -70,7 +70,7 @@ def attend(
     text_always, tensors_always = sparse.pack(always)
     arguments = (q, k, v, chosen, tensors, tensors_always, text, text_always, block_size, scale)
     if torch.compiler.is_compiling():
-        return _routed_operator(*arguments)[:2]
+        return _routed_operator(*arguments)
     return _Routed.apply(*arguments)
 
 
@@ -88,9 +88,11 @@ def visible(chosen: Chosen, block_size: int, m: int) -> Bool[Tensor, "batch head
 @dataclass(frozen=True)
 class _Groups:
     """The pairs (query, chosen block) of a few heads in tiles: tile t stands for ``block[t]`` of head ``head[t]``, and
-    its rows are the queries ``query[t]``, -1 where empty. Heads and queries are counted from the first one here."""
+    its rows are the queries ``query[t]``. Heads and queries are counted from the first one here."""
 
     query: Int[Tensor, "tiles rows"]
+    #: Rows that are left over, in which the first query of the tile stands again.
+    empty: Bool[Tensor, "tiles rows"]
     block: Int[Tensor, "tiles"]
     head: Int[Tensor, "tiles"]
     #: The row in which each pair lies; -1 for the choice -1.
@@ -119,7 +121,10 @@ def _group(chosen: Int[Tensor, "heads n choices"], blocks: int) -> _Groups:
     row = torch.full((heads * n * choices,), -1, device=device)
     row[pair] = place
     of_tile = torch.repeat_interleave(torch.arange(nowhere, device=device), in_tiles, output_size=total)
-    return _Groups(query.view(total, size), of_tile % blocks, of_tile // blocks, row.view(heads * n, choices))
+    query = query.view(total, size)
+    empty = query < 0
+    query = torch.where(empty, query[:, :1], query)
+    return _Groups(query, empty, of_tile % blocks, of_tile // blocks, row.view(heads * n, choices))
 
 
 class _Work:
@@ -155,7 +160,7 @@ class _Work:
         head = groups.head + first
         batch, head = head // self.heads, head % self.heads
         block = (batch * self.kv_heads + head // (self.heads // self.kv_heads)) * self.blocks + groups.block
-        query = groups.query.clamp(min=0)
+        query = groups.query
         step = max(1, sparse.CHUNK // (rows * self.size))
         for start in range(0, count, step):
             here = slice(start, min(start + step, count))
@@ -197,17 +202,16 @@ def _forward(
     text_always: str,
     block_size: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp, and the share in them of ``always`` and of each choice, (batch, heads, n, 1 + choices)."""
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp."""
     with torch.autocast(q.device.type, enabled=False):
-        work = _Work(q, k, chosen, text, tensors, block_size)
+        work, room = _Work(q, k, chosen, text, tensors, block_size), tiles.Room()
         q = q * scale
         if text_always == _NONE:
             out = q.new_zeros(*q.shape[:3], v.shape[3])
             lse = q.new_full(q.shape[:3], -math.inf, dtype=work.dtype)
         else:
             out, lse = sparse.forward(q, k, v, tensors_always, text_always, 1.0, True)
-        share = lse.new_empty(*q.shape[:3], 1 + chosen.shape[3])
         flat_q, table_k, table_v = q.flatten(0, 1), work.table(k), work.table(v)
         part = flat_q.new_empty(0, v.shape[3], dtype=work.dtype)
         for first, stop, groups in work.turns(v.shape[3]):
@@ -216,10 +220,11 @@ def _forward(
             part_lse = part.new_full((groups.query.numel() + 1,), -math.inf)  # the last is that of the choice -1
             for filled, query, block, hidden in work.chunks(first, groups):
                 _, row_lse = tiles.forward(
-                    here_q.index_select(0, query).to(work.dtype).view(1, -1, 1, rows, q.shape[3]),
-                    table_k.index_select(0, block).to(work.dtype)[None],
-                    table_v.index_select(0, block).to(work.dtype)[None],
+                    room.rows("q", here_q, query).to(work.dtype).view(1, -1, 1, rows, q.shape[3]),
+                    room.rows("k", table_k, block).to(work.dtype)[None],
+                    room.rows("v", table_v, block).to(work.dtype)[None],
                     hidden,
+                    room,
                     into=part[filled].view(-1, rows, v.shape[3]),
                 )
                 assert row_lse is not None
@@ -234,8 +239,7 @@ def _forward(
             joined.addcmul_(here_out.flatten(0, 1).to(work.dtype), shares[:, :1])
             here_out.copy_(joined.view_as(here_out))
             here_lse.copy_((top + total.log()).view_as(here_lse))  # -inf + log(0) where there is nothing
-            share.flatten(0, 1)[first:stop] = shares.view(stop - first, *share.shape[2:])
-        return out, lse, share
+        return out, lse
 
 
 def _backward(
@@ -245,7 +249,7 @@ def _backward(
     chosen: Tensor,
     tensors: list[Tensor],
     tensors_always: list[Tensor],
-    share: Tensor,
+    lse: Tensor,
     grad: Tensor,
     delta: Tensor,
     text: str,
@@ -254,39 +258,35 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        work = _Work(q, k, chosen, text, tensors, block_size)
-        q = q * scale
+        work, room = _Work(q, k, chosen, text, tensors, block_size), tiles.Room()
+        q, lse = q * scale, sparse.whole_rows(lse)
         if text_always == _NONE:
             by_q, by_k, by_v = (torch.zeros_like(x, dtype=work.dtype) for x in (q, k, v))
         else:
-            own_grad, own_delta = grad * share[..., :1].to(grad.dtype), delta * share[..., 0]
-            by = sparse.backward(q, k, v, tensors_always, own_grad, own_delta, text_always, 1.0)
+            by = sparse.backward(q, k, v, tensors_always, grad, delta, text_always, 1.0, lse)
             by_q, by_k, by_v = (x.to(work.dtype) for x in by)
         # The sums of both ways of reading gather in the same place.
         flat_q, flat_grad, table_k, table_v = q.flatten(0, 1), grad.flatten(0, 1), work.table(k), work.table(v)
         table_by_k, table_by_v = work.table(by_k), work.table(by_v)
-        delta, flat_share = delta.flatten(0, 1), share.flatten(0, 1)
+        delta, lse = delta.flatten(0, 1), lse.flatten(0, 1)
         part = flat_q.new_empty(0, q.shape[3], dtype=work.dtype)
         for first, stop, groups in work.turns(q.shape[3]):
             here_q = flat_q[first:stop].reshape(-1, q.shape[3])
             here_grad = flat_grad[first:stop].reshape(-1, v.shape[3])
             here_delta, rows = delta[first:stop].flatten(), groups.query.shape[1]
             part = _buffer(part, groups.query.numel(), q.shape[3])
-            # What the softmax of a tile must be multiplied with to become that of the whole row.
-            weight = part.new_zeros(groups.query.numel() + 1)
-            weight[groups.row] = flat_share[first:stop, :, 1:].reshape(groups.row.shape)
-            rest = here_delta[groups.query.flatten()] * weight[:-1]  # weight is 0 in empty rows, the last of a query
+            # What stands in empty rows counts e^-40 times, which no sum notices; e^-inf would be slow.
+            here_lse = lse[first:stop].flatten()[groups.query.flatten()] + 40.0 * groups.empty.flatten()
             for filled, query, block, hidden in work.chunks(first, groups):
                 _, grad_k, grad_v = tiles.backward(
-                    here_q.index_select(0, query).to(work.dtype).view(1, -1, 1, rows, q.shape[3]),
-                    table_k.index_select(0, block).to(work.dtype)[None],
-                    table_v.index_select(0, block).to(work.dtype)[None],
+                    room.rows("q", here_q, query).to(work.dtype).view(1, -1, 1, rows, q.shape[3]),
+                    room.rows("k", table_k, block).to(work.dtype)[None],
+                    room.rows("v", table_v, block).to(work.dtype)[None],
                     hidden,
-                    here_grad.index_select(0, query)
-                    .to(work.dtype)
-                    .mul_(weight[filled, None])
-                    .view(1, -1, 1, rows, v.shape[3]),
-                    rest[filled].view(1, -1, 1, rows),
+                    room,
+                    room.rows("grad", here_grad, query).to(work.dtype).view(1, -1, 1, rows, v.shape[3]),
+                    here_delta.index_select(0, query).view(1, -1, 1, rows),
+                    here_lse[filled].view(1, -1, 1, rows),
                     into=part[filled].view(-1, rows, q.shape[3]),
                 )
                 table_by_k.flatten(1).index_add_(0, block, grad_k.view(block.shape[0], -1))
@@ -300,20 +300,20 @@ class _Routed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, chosen, tensors, tensors_always, *how):
         ctx.set_materialize_grads(False)
-        out, lse, share = _forward(q, k, v, chosen, tensors, tensors_always, *how)
-        ctx.save_for_backward(q, k, v, chosen, out, share, *tensors, *tensors_always)
+        out, lse = _forward(q, k, v, chosen, tensors, tensors_always, *how)
+        ctx.save_for_backward(q, k, v, chosen, out, lse, *tensors, *tensors_always)
         ctx.how, ctx.split = how, len(tensors)
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad, grad_lse):
-        q, k, v, chosen, out, share, *tensors = ctx.saved_tensors
+        q, k, v, chosen, out, lse, *tensors = ctx.saved_tensors
         if grad is None:
             grad = torch.zeros_like(out)
         tensors, always = tensors[: ctx.split], tensors[ctx.split :]
         delta = sparse.delta_of(grad, out, grad_lse)
-        by = _backward(q, k, v, chosen, tensors, always, share, grad, delta, *ctx.how)
+        by = _backward(q, k, v, chosen, tensors, always, lse, grad, delta, *ctx.how)
         return *by, *[None] * 7
 
 
@@ -332,18 +332,14 @@ def _routed_operator(
     text_always: str,
     block_size: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     return _forward(q, k, v, chosen, tensors, tensors_always, text, text_always, block_size, scale)
 
 
 @_routed_operator.register_fake
 def _(q, k, v, chosen, tensors, tensors_always, text, text_always, block_size, scale):
     dtype = tiles.working_dtype(q.dtype)
-    return (
-        q.new_empty(*q.shape[:3], v.shape[3]),
-        q.new_empty(q.shape[:3], dtype=dtype),
-        q.new_empty(*q.shape[:3], 1 + chosen.shape[3], dtype=dtype),
-    )
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
 
 
 @torch.library.custom_op("crosslight::routed_backward", mutates_args=())
@@ -354,7 +350,7 @@ def _routed_backward(
     chosen: Tensor,
     tensors: list[Tensor],
     tensors_always: list[Tensor],
-    share: Tensor,
+    lse: Tensor,
     grad: Tensor,
     delta: Tensor,
     text: str,
@@ -362,26 +358,26 @@ def _routed_backward(
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    by = _backward(q, k, v, chosen, tensors, tensors_always, share, grad, delta, text, text_always, block_size, scale)
+    by = _backward(q, k, v, chosen, tensors, tensors_always, lse, grad, delta, text, text_always, block_size, scale)
     return by[0].contiguous(), by[1].contiguous(), by[2].contiguous()
 
 
 @_routed_backward.register_fake
-def _(q, k, v, chosen, tensors, tensors_always, share, grad, delta, text, text_always, block_size, scale):
+def _(q, k, v, chosen, tensors, tensors_always, lse, grad, delta, text, text_always, block_size, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     q, k, v, chosen, tensors, tensors_always, *how = inputs
-    ctx.save_for_backward(q, k, v, chosen, output[0], output[2], *tensors, *tensors_always)
+    ctx.save_for_backward(q, k, v, chosen, *output, *tensors, *tensors_always)
     ctx.how, ctx.split, ctx.count = how, len(tensors), len(tensors_always)
 
 
-def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor, _share: Tensor) -> tuple:
-    q, k, v, chosen, out, share, *tensors = ctx.saved_tensors
+def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple:
+    q, k, v, chosen, out, lse, *tensors = ctx.saved_tensors
     tensors, always = tensors[: ctx.split], tensors[ctx.split :]
     delta = sparse.delta_of(grad, out, grad_lse)
-    by = _routed_backward(q, k, v, chosen, tensors, always, share, grad, delta, *ctx.how)
+    by = _routed_backward(q, k, v, chosen, tensors, always, lse, grad, delta, *ctx.how)
     return *by, None, [None] * ctx.split, [None] * ctx.count, None, None, None, None
 
 

@@ -230,7 +230,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], text: str, scale: float, want_lse: bool
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        work = _Work(q, k, text, tensors)
+        work, room = _Work(q, k, text, tensors), tiles.Room()
         flat_q, flat_k = work.flat(q if scale == 1 else q * scale), work.flat(k, work.plan.unit)
         flat_v = work.flat(v, work.plan.unit)
         out = flat_q.new_zeros(*flat_q.shape[:2], v.shape[3], dtype=work.dtype)
@@ -238,7 +238,7 @@ def forward(
         stats = flat_q.new_zeros(*flat_q.shape[:2], 2 if want_lse else 0, dtype=work.dtype)
         for part, chunk, hidden in work:
             args = (work.queries(part, flat_q, chunk), work.keys(part, flat_k, chunk), work.keys(part, flat_v, chunk))
-            y, lse = tiles.forward(*args, hidden, want_lse)
+            y, lse = tiles.forward(*args, hidden, room, want_lse)
             work.add_queries(part, out, chunk, y)
             if lse is not None:
                 some = lse.isfinite()
@@ -257,18 +257,34 @@ def delta_of(grad: Tensor, out: Tensor, grad_lse: Tensor | None) -> LSE:
     return delta if grad_lse is None else delta - grad_lse
 
 
+def whole_rows(lse: LSE) -> LSE:
+    """The log-sum-exps as `tiles.backward` takes them: rows with nothing to read take no part."""
+    return lse.masked_fill(lse == -math.inf, math.inf)
+
+
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, tensors: list[Tensor], grad: Tensor, delta: Tensor, text: str, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: list[Tensor],
+    grad: Tensor,
+    delta: Tensor,
+    text: str,
+    scale: float,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients; with ``lse`` of `whole_rows`, those of the part that this mask has in rows of more keys."""
     with torch.autocast(q.device.type, enabled=False):
-        work = _Work(q, k, text, tensors)
+        work, room = _Work(q, k, text, tensors), tiles.Room()
         flat_q, flat_k = work.flat(q if scale == 1 else q * scale), work.flat(k, work.plan.unit)
         flat_v, flat_grad, delta = work.flat(v, work.plan.unit), work.flat(grad), delta.flatten(0, 1)[..., None]
+        flat_lse = None if lse is None else lse.flatten(0, 1)[..., None]
         grad_q, grad_k, grad_v = work.zeros(flat_q), work.zeros(flat_k), work.zeros(flat_v)
         for part, chunk, hidden in work:
             args = (work.queries(part, flat_q, chunk), work.keys(part, flat_k, chunk), work.keys(part, flat_v, chunk))
             by = work.queries(part, flat_grad, chunk), work.queries(part, delta, chunk).squeeze(-1)
-            by_q, by_k, by_v = tiles.backward(*args, hidden, *by)
+            rows = None if flat_lse is None else work.queries(part, flat_lse, chunk)
+            by_q, by_k, by_v = tiles.backward(*args, hidden, room, *by, rows)
             work.add_queries(part, grad_q, chunk, by_q)
             work.add_keys(part, grad_k, chunk, by_k)
             work.add_keys(part, grad_v, chunk, by_v)

@@ -10,6 +10,7 @@ tiles and its gradient. Queries come already scaled. Shapes, with s key/value he
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,26 +38,65 @@ class Hidden:
         return cls(hidden.to(dtype).mul_(torch.finfo(dtype).min / 2), hidden.all(-1, keepdim=True))
 
 
-def _probabilities(q: Tensor, k: Tensor, hidden: Hidden | None) -> tuple[Tensor, Tensor]:
-    """Scores and their softmax, (s * tiles, g * rows, keys). Empty rows come out uniform."""
-    scores = torch.bmm(q.flatten(2, 3).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+class Room:
+    """Memory that the chunks of a call use in turn, by name: fresh pages cost more than what is computed in them.
+
+    What comes out of it holds until the name is asked for again.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """An empty tensor with the dtype and device of ``like``."""
+        size, held = math.prod(shape), self._held.get(name)
+        if held is None or held.shape[0] < size or held.dtype != like.dtype:
+            held = self._held[name] = like.new_empty(size)
+        return held[:size].view(shape)
+
+    def bmm(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        return torch.bmm(a, b, out=self.take(name, a, a.shape[0], a.shape[1], b.shape[2]))
+
+    def rows(self, name: str, table: Tensor, index: Tensor) -> Tensor:
+        """table[index] along the first dimension."""
+        return torch.index_select(table, 0, index, out=self.take(name, table, index.shape[0], *table.shape[1:]))
+
+
+def _scores(q: Tensor, k: Tensor, hidden: Hidden | None, room: Room) -> Tensor:
+    """(s * tiles, g * rows, keys)."""
+    scores = room.bmm("scores", q.flatten(2, 3).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
     if hidden is not None:
         scores.view(*q.shape[:4], -1).add_(hidden.floor)
-    return scores, scores.softmax(-1)
+    return scores
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Hidden | None, want_lse: bool = True, into: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hidden: Hidden | None,
+    room: Room,
+    want_lse: bool = True,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention inside each tile, and the log-sum-exp of each row. Empty rows give 0 and -inf.
 
     ``into`` (s * tiles, g * rows, dim) is where the output is written, if given.
     """
-    scores, weights = _probabilities(q, k, hidden)
-    out = torch.bmm(weights, v.flatten(0, 1), out=into).view(*q.shape[:4], v.shape[-1])
-    lse = None
-    if want_lse:
-        lse = (scores.amax(-1) - weights.amax(-1).log_()).view(q.shape[:4])
+    weights = _scores(q, k, hidden, room)
+    top = weights.amax(-1, keepdim=True)
+    if hidden is None:  # in place, and divided where there are fewer numbers: faster than softmax
+        total = weights.sub_(top).exp_().sum(-1, keepdim=True)
+    else:  # exp alone is slow where it underflows
+        weights = torch.softmax(weights, -1, out=room.take("weights", weights, *weights.shape))
+        total = weights.amax(-1, keepdim=True).reciprocal_()
+    if into is None:
+        into = room.take("out", weights, *weights.shape[:2], v.shape[-1])
+    out = torch.bmm(weights, v.flatten(0, 1), out=into)
+    if hidden is None:
+        out.div_(total)
+    out = out.view(*q.shape[:4], v.shape[-1])
+    lse = (top + total.log_()).view(q.shape[:4]) if want_lse else None
     if hidden is not None:
         out.masked_fill_(hidden.empty, 0.0)
         if lse is not None:
@@ -69,24 +109,39 @@ def backward(
     k: Tensor,
     v: Tensor,
     hidden: Hidden | None,
+    room: Room,
     grad: Tensor,
     delta: Tensor,
+    lse: Tensor | None = None,
     into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by the scaled q, k and v; ``into`` as in `forward`, for that by q.
+    """Gradients by the scaled q, k and v, in this room; ``into`` as in `forward`, for that by q.
 
     ``grad`` is the gradient by the tile's output. ``delta`` (s, tiles, g, rows) is what each row subtracts: the sum of
     grad * out over the channels, less the gradient by the log-sum-exp. Where a row's keys are spread over several
-    tiles, out is that of the whole row, and both are weighted with the share of the row that this tile holds.
+    tiles, out and ``lse`` (s, tiles, g, rows) are those of the whole row; inf for rows that take no part. Without
+    ``lse`` the tile holds whole rows.
     """
-    if hidden is not None:
-        grad, delta = grad.masked_fill(hidden.empty, 0.0), delta.masked_fill(hidden.empty.squeeze(-1), 0.0)
-    _, weights = _probabilities(q, k, hidden)
+    weights = _scores(q, k, hidden, room)
+    if lse is None:
+        weights = torch.softmax(weights, -1, out=room.take("weights", weights, *weights.shape))
+        if hidden is not None:
+            grad, delta = grad.masked_fill(hidden.empty, 0.0), delta.masked_fill(hidden.empty.squeeze(-1), 0.0)
+    else:
+        weights.sub_(lse.reshape(*weights.shape[:2], 1))
+        if hidden is None:
+            weights.exp_()
+        else:  # zero again what was hidden, without an exp that underflows
+            least = 0.9 * math.log(torch.finfo(weights.dtype).tiny)
+            seen = weights > least
+            weights.clamp_(min=least).exp_().mul_(seen)
     flat_q, flat_grad = q.flatten(2, 3).flatten(0, 1), grad.flatten(2, 3).flatten(0, 1)
     flat_k, flat_v = k.flatten(0, 1), v.flatten(0, 1)
-    grad_v = torch.bmm(weights.transpose(1, 2), flat_grad)
-    by_score = torch.bmm(flat_grad, flat_v.transpose(1, 2)).sub_(delta.reshape(*flat_grad.shape[:2], 1))
-    by_score.mul_(weights)
+    grad_v = room.bmm("grad_v", weights.transpose(1, 2), flat_grad)
+    by_score = room.bmm("by_score", flat_grad, flat_v.transpose(1, 2))
+    by_score.sub_(delta.reshape(*flat_grad.shape[:2], 1)).mul_(weights)
+    if into is None:
+        into = room.take("grad_q", flat_q, *flat_q.shape)
     grad_q = torch.bmm(by_score, flat_k, out=into)
-    grad_k = torch.bmm(by_score.transpose(1, 2), flat_q)
+    grad_k = room.bmm("grad_k", by_score.transpose(1, 2), flat_q)
     return grad_q.view_as(q), grad_k.view_as(k), grad_v.view(*k.shape[:3], -1)
