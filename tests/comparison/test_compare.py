@@ -147,3 +147,12 @@ def test_leaderboard_means_spread_and_losses():
 def test_leaderboard_of_a_diverged_first_trial_keeps_its_costs():
     board = leaderboard(trials([("t", "a", 0, "diverged", None, True), ("t", "a", 1, "ok", 0.5, True)]))
     assert board["mean"].tolist() == [0.5]
+
+
+def test_a_row_whose_defaults_do_not_fit_is_left_out_with_a_note(tmp_path):
+    frame = compare(tmp_path, "get-event-transformer,softmax", tasks="digits", seeds=1, steps=1)
+    assert "get-event-transformer" not in set(frame.id)
+    (note,) = frame.attrs["notes"]
+    assert "groups: got 12" in note
+    with pytest.raises(CrosslightError, match="groups: got 5"):
+        compare(tmp_path, "get-event-transformer:groups=5", tasks="digits", steps=1)

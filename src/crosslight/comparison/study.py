@@ -187,8 +187,12 @@ def _fits(entrant: Entrant, task: Task, size: Size, notes: list[str]) -> bool:
     elif task.kind == "token" and task.pattern not in card.patterns:
         why = f"it has no {task.pattern} attention. {card.why_not}".strip()
     elif task.kind == "token":
-        # Wrong options are the user's to mend, before anything is trained.
-        registry.create(entrant.id, **{"dim": size.dim, "heads": size.heads, **entrant.options})
+        try:
+            registry.create(entrant.id, **{"dim": size.dim, "heads": size.heads, **entrant.options})
+        except CrosslightError as error:
+            if entrant.options or entrant in defaults.BASELINES:
+                raise  # wrong options are the user's to mend, before anything is trained
+            why = f"its defaults do not fit the task's model ({error}); give it options"
     if why and entrant not in defaults.BASELINES:
         notes.append(f"{entrant.label} is not in {task.name}: {why}")
     return not why
