@@ -150,7 +150,7 @@ def test_leaderboard_of_a_diverged_first_trial_keeps_its_costs():
 
 
 def test_a_row_whose_defaults_do_not_fit_is_left_out_with_a_note(tmp_path):
-    frame = compare(tmp_path, "get-event-transformer,softmax", tasks="digits", seeds=1, steps=1)
+    frame = compare(tmp_path, "get-event-transformer,sigmoid-attention", tasks="digits", seeds=1, steps=1)
     assert "get-event-transformer" not in set(frame.id)
     (note,) = frame.attrs["notes"]
     assert "groups: got 12" in note
