@@ -52,6 +52,21 @@ class How:
         return f"{'causal' if self.causal else 'noncausal'}-{'cross' if self.cross else 'self'}"
 
 
+def head_width(dim: int, heads: int, head_dim: int | None = None) -> int:
+    """``head_dim``, or an equal part of ``dim`` for each head.
+
+    Raises:
+        CrosslightError: ``heads`` is no positive int, or ``dim`` cannot be shared out among them.
+    """
+    expect(isinstance(heads, int) and heads > 0, "heads", heads, "a positive int")
+    if head_dim is None:
+        expect(isinstance(dim, int) and dim > 0, "dim", dim, "a positive int")
+        expect(dim % heads == 0, "dim", dim, f"a multiple of heads = {heads} (or give head_dim)")
+        return dim // heads
+    expect(isinstance(head_dim, int) and head_dim > 0, "head_dim", head_dim, "a positive int")
+    return head_dim
+
+
 class Mechanism(nn.Module):
     """The contract of kind token: (batch, n, dim) reads (batch, m, context_dim) -> (batch, n, dim).
 
@@ -267,12 +282,7 @@ class Core(nn.Module):
         **own: Any,
     ) -> AttentionLayer:
         """The layer around this core; ``own`` are the core's options. See `AttentionLayer`."""
-        expect(isinstance(heads, int) and heads > 0, "heads", heads, "a positive int")
-        if head_dim is None:
-            expect(isinstance(dim, int) and dim > 0, "dim", dim, "a positive int")
-            expect(dim % heads == 0, "dim", dim, f"a multiple of heads = {heads} (or give head_dim)")
-            head_dim = dim // heads
-        core = cls(heads, head_dim, **own)
+        core = cls(heads, head_width(dim, heads, head_dim), **own)
         return (cls.layer or AttentionLayer)(
             core, dim, kv_heads=kv_heads, context_dim=context_dim, bias=bias, position=position
         )

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from crosslight.attention.base import AttentionLayer, How
+from crosslight.attention.base import AttentionLayer, How, head_width
 from crosslight.attention.softmax import Softmax
 from crosslight.cards import Card
 from crosslight.engines import masks
@@ -92,8 +92,7 @@ class CrossLayerAttention(AttentionLayer):
         bias: bool = True,
         position: str | nn.Module | None = None,
     ) -> None:
-        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "heads", heads, f"a divisor of dim = {dim}")
-        core = Softmax(heads, head_dim or dim // heads)
+        core = Softmax(heads, head_width(dim, heads, head_dim))
         super().__init__(core, dim, kv_heads=kv_heads, context_dim=context_dim, bias=bias, position=position)
         #: Whether this is the first layer of a group, which has W_k and W_v.
         self.leads = True

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from crosslight.attention.base import AttentionLayer
+from crosslight.attention.base import AttentionLayer, head_width
 from crosslight.attention.softmax import Softmax
 from crosslight.cards import Card, Evidence
 from crosslight.engines.positions import Rotation
@@ -77,8 +77,7 @@ class CollinearAttention(AttentionLayer):
         bias: bool = True,
         position: str | nn.Module = "rope",
     ) -> None:
-        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "dim", dim, f"a multiple of heads = {heads}")
-        core = Softmax(heads, head_dim or dim // heads)
+        core = Softmax(heads, head_width(dim, heads, head_dim))
         expect(core.head_dim % 2 == 0, "head_dim", core.head_dim, "an even head width")
         super().__init__(core, dim, kv_heads=kv_heads, context_dim=context_dim, bias=bias, position=position)
         expect(isinstance(self.position, Rotation), "position", repr(position), "a rotation such as 'rope'")

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from crosslight.attention.base import AttentionLayer
+from crosslight.attention.base import AttentionLayer, head_width
 from crosslight.attention.softmax import Softmax
 from crosslight.cards import Card, Evidence
 from crosslight.errors import expect
@@ -85,8 +85,7 @@ class ComplexAttention(AttentionLayer):
         bias: bool = False,
         position: str | nn.Module | None = "rope",
     ) -> None:
-        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "heads", heads, f"a divisor of dim = {dim}")
-        d = head_dim or dim // heads
+        d = head_width(dim, heads, head_dim)
         expect(d % 2 == 0, "head_dim", d, "an even head width (dim / heads)")
         super().__init__(Softmax(heads, d), dim, context_dim=context_dim, bias=bias, position=position)
         self.delta = nn.Parameter(torch.randn(heads, 1, d // 2) / math.sqrt(d // 2))

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crosslight.attention.alignment import unrolled
-from crosslight.attention.base import How, Mechanism
+from crosslight.attention.base import How, Mechanism, head_width
 from crosslight.cards import Card, Evidence
 from crosslight.engines import dense, masks
 from crosslight.errors import expect
@@ -218,10 +218,9 @@ class LocationRelativeAttention(Mechanism):
         components: int = 5,
     ) -> None:
         super().__init__(dim, context_dim)
-        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "dim", dim, f"a multiple of heads = {heads}")
         expect(form in get_args(Form), "form", repr(form), f"one of {', '.join(get_args(Form))}")
         expect(hidden > 0, "hidden", hidden, "a positive int")
-        self.heads, self.head_dim = heads, head_dim or dim // heads
+        self.heads, self.head_dim = heads, head_width(dim, heads, head_dim)
         self.v = nn.Linear(self.context_dim, heads * self.head_dim, bias)
         self.out = nn.Linear(heads * self.head_dim, dim, bias)
         self.alignment: DynamicConvolution | Mixture

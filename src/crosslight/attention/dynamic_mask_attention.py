@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crosslight.attention.base import AttentionLayer, LayerCache
+from crosslight.attention.base import AttentionLayer, LayerCache, head_width
 from crosslight.attention.softmax import Softmax
 from crosslight.cards import Card, Evidence
 from crosslight.engines import dense, masks
@@ -109,9 +109,8 @@ class DynamicMaskAttention(AttentionLayer):
         window: int = 2048,
         exponential: bool = True,
     ) -> None:
-        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "heads", heads, f"a divisor of dim = {dim}")
         expect(isinstance(window, int) and window >= 1, "window", window, "a number >= 1")
-        core = Softmax(heads, head_dim or dim // heads)
+        core = Softmax(heads, head_width(dim, heads, head_dim))
         super().__init__(core, dim, kv_heads=kv_heads, context_dim=context_dim, bias=bias, position=position)
         self.window, self.exponential = window, exponential
         self.q_norm, self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6), nn.RMSNorm(self.head_dim, eps=1e-6)

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crosslight.attention.base import AttentionLayer
+from crosslight.attention.base import AttentionLayer, head_width
 from crosslight.attention.softmax import Softmax
 from crosslight.cards import Card
 from crosslight.errors import expect
@@ -111,10 +111,9 @@ class MatrixAtomSharing(AttentionLayer):
         atoms: int = 4,
         kinds: str = "qkvo",
     ) -> None:
-        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "heads", heads, f"a divisor of dim = {dim}")
         expect(isinstance(atoms, int) and atoms > 0, "atoms", atoms, "a positive int")
         expect(bool(kinds) and set(kinds) <= set(NAMES), "kinds", repr(kinds), "some of the letters q, k, v, o")
-        core = Softmax(heads, head_dim or dim // heads)
+        core = Softmax(heads, head_width(dim, heads, head_dim))
         super().__init__(core, dim, context_dim=context_dim, bias=bias, position=position)
         self.kinds = kinds
         for kind in kinds:

@@ -19,7 +19,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from crosslight.attention.base import AttentionLayer
+from crosslight.attention.base import AttentionLayer, head_width
 from crosslight.attention.softmax import Softmax
 from crosslight.cards import Card, Evidence
 from crosslight.errors import expect
@@ -69,8 +69,7 @@ class HeadEmbeddingAttention(AttentionLayer):
         variant: Variant = "mul",
     ) -> None:
         expect(variant in get_args(Variant), "variant", repr(variant), f"one of {', '.join(get_args(Variant))}")
-        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "heads", heads, f"a divisor of dim = {dim}")
-        d = head_dim or dim // heads
+        d = head_width(dim, heads, head_dim)
         super().__init__(Softmax(heads, d), dim, context_dim=context_dim, bias=bias, position=position)
         self.variant = variant
         self.q = nn.Linear(dim, d, bias)

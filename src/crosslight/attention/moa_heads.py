@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crosslight.attention.base import AttentionLayer
+from crosslight.attention.base import AttentionLayer, head_width
 from crosslight.attention.softmax import Softmax
 from crosslight.cards import Card, Evidence
 from crosslight.engines.backend import forced
@@ -144,8 +144,7 @@ class MixtureOfAttentionHeads(AttentionLayer):
         renormalise: Renormalise = "detached",
         noisy: bool = False,
     ) -> None:
-        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "heads", heads, f"a divisor of dim = {dim}")
-        d = head_dim or dim // heads
+        d = head_width(dim, heads, head_dim)
         super().__init__(Softmax(heads, d), dim, kv_heads=1, context_dim=context_dim, bias=bias, position=position)
         expect(not isinstance(self.position, Bias), "position", repr(position), "a rotation such as 'rope'")
         known = get_args(Renormalise)

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crosslight.attention.aki_mma import PrefixLayer
+from crosslight.attention.base import head_width
 from crosslight.attention.softmax import Softmax
 from crosslight.cards import Card, Evidence
 from crosslight.engines import masks
@@ -160,12 +161,11 @@ class ModularDuplexAttention(PrefixLayer):
         duplex: bool = True,
         bidirectional: bool = False,
     ) -> None:
-        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "dim", dim, f"a multiple of heads = {heads}")
         expect(isinstance(images, int) and images >= 0, "images", images, "a number >= 0")
         expect(prompt is None or prompt >= images, "prompt", prompt, f"a place from images = {images} on, or None")
         causal = masks.causal()
         rule = Modular(images, None, causal, causal, causal) if bidirectional else causal
-        core = ModularSoftmax(heads, head_dim or dim // heads, rule, max(images, prompt or 0, 1))
+        core = ModularSoftmax(heads, head_width(dim, heads, head_dim), rule, max(images, prompt or 0, 1))
         super().__init__(core, dim, kv_heads=kv_heads, bias=bias, position=position)
         self.images, self.prompt, self.duplex = images, prompt, duplex
         self.ratio_v, self.fuse_v = self._fusion()

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crosslight.attention.base import AttentionLayer
+from crosslight.attention.base import AttentionLayer, head_width
 from crosslight.attention.softmax import Softmax
 from crosslight.cards import Card, Evidence
 from crosslight.errors import expect
@@ -75,8 +75,7 @@ class MixtureOfHeads(AttentionLayer):
         shared: int | None = None,
         active: int | None = None,
     ) -> None:
-        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "heads", heads, f"a divisor of dim = {dim}")
-        self_heads = Softmax(heads, head_dim or dim // heads)
+        self_heads = Softmax(heads, head_width(dim, heads, head_dim))
         super().__init__(self_heads, dim, kv_heads=kv_heads, context_dim=context_dim, bias=bias, position=position)
         self.shared = heads // 2 if shared is None else shared
         expect(0 <= self.shared < heads, "shared", self.shared, f"fewer than heads = {heads}")

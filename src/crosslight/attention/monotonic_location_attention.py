@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from crosslight.attention.alignment import unrolled
-from crosslight.attention.base import How, Mechanism
+from crosslight.attention.base import How, Mechanism, head_width
 from crosslight.cards import Card, Evidence
 from crosslight.engines import dense, masks
 from crosslight.errors import expect
@@ -150,10 +150,9 @@ class MonotonicLocationAttention(Mechanism):
         temperature: float = 20.0,
     ) -> None:
         super().__init__(dim, context_dim)
-        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "dim", dim, f"a multiple of heads = {heads}")
         expect(step in get_args(Step), "step", repr(step), f"one of {', '.join(get_args(Step))}")
         expect(floor > 0, "floor", floor, "a positive width")
-        self.heads, self.head_dim = heads, head_dim or dim // heads
+        self.heads, self.head_dim = heads, head_width(dim, heads, head_dim)
         self.f, self.start, self.floor, self.temperature = step, start, floor, temperature
         width = heads * self.head_dim
         self.v, self.out = nn.Linear(self.context_dim, width, bias), nn.Linear(width, dim, bias)

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crosslight.attention.base import Mechanism
+from crosslight.attention.base import Mechanism, head_width
 from crosslight.attention.softmax import Softmax
 from crosslight.cards import Card, Evidence
 from crosslight.engines import dense, masks
@@ -135,10 +135,7 @@ class MixtureOfSparseAttention(Mechanism):
         base: float = 10_000.0,
     ) -> None:
         super().__init__(dim)
-        expect(isinstance(heads, int) and heads > 0, "heads", heads, "a positive int")
-        if head_dim is None:
-            expect(dim % heads == 0, "dim", dim, f"a multiple of heads = {heads} (or give head_dim)")
-            head_dim = dim // heads
+        head_dim = head_width(dim, heads, head_dim)
         plain = heads // 2 if dense_heads is None else dense_heads
         expect(0 <= plain < heads, "dense_heads", plain, f"fewer than heads = {heads}")
         expect(sparsity >= 1, "sparsity", sparsity, "a number >= 1")

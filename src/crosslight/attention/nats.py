@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crosslight.attention.base import AttentionLayer, LayerCache
+from crosslight.attention.base import AttentionLayer, LayerCache, head_width
 from crosslight.attention.softmax import Softmax
 from crosslight.cards import Card, Evidence
 from crosslight.engines import dense, masks, sparse
@@ -143,10 +143,9 @@ class NeuralAttentionSearch(AttentionLayer):
         window: int = 256,
         temperature: float = 1.0,
     ) -> None:
-        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "heads", heads, f"a divisor of dim = {dim}")
         expect(isinstance(window, int) and window >= 1, "window", window, "a number >= 1")
         expect(temperature > 0, "temperature", temperature, "a number > 0")
-        core = Softmax(heads, head_dim or dim // heads)
+        core = Softmax(heads, head_width(dim, heads, head_dim))
         super().__init__(core, dim, kv_heads=kv_heads, bias=bias, position=position)
         self.window, self.temperature = window, temperature
         self.to_types = nn.Linear(dim, 3 * self.kv_heads, bias=False)

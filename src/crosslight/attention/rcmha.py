@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crosslight.attention.base import AttentionLayer, How
+from crosslight.attention.base import AttentionLayer, How, head_width
 from crosslight.attention.softmax import Softmax
 from crosslight.cards import Card, Evidence
 from crosslight.engines import dense, masks
@@ -131,9 +131,8 @@ class RelativeConvolutionalAttention(AttentionLayer):
         kernel: int = 3,
         reach: int = 4096,
     ) -> None:
-        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "dim", dim, f"a multiple of heads = {heads}")
         expect(isinstance(kernel, int) and kernel >= 1, "kernel", kernel, "a number >= 1")
-        super().__init__(Softmax(heads, head_dim or dim // heads), dim, context_dim=context_dim)
+        super().__init__(Softmax(heads, head_width(dim, heads, head_dim)), dim, context_dim=context_dim)
         width = heads * self.head_dim
         self.q, self.k = nn.Linear(dim, width, bias=False), nn.Linear(self.context_dim, width, bias=False)
         self.conv_q, self.conv_k, self.conv_v = (CausalConvolution(self.head_dim, kernel) for _ in range(3))

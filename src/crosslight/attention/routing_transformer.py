@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crosslight.attention.base import AttentionLayer, LayerCache
+from crosslight.attention.base import AttentionLayer, LayerCache, head_width
 from crosslight.attention.masformer import Spans
 from crosslight.attention.softmax import Softmax
 from crosslight.cards import Card, Evidence
@@ -122,11 +122,10 @@ class RoutingAttention(AttentionLayer):
         decay: float = 0.999,
         lookahead: bool = False,
     ) -> None:
-        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "heads", heads, f"a divisor of dim = {dim}")
         expect(isinstance(clusters, int) and clusters >= 1, "clusters", clusters, "a number >= 1")
         expect(isinstance(window, int) and window >= 1, "window", window, "a number >= 1")
         expect(0 <= decay <= 1, "decay", decay, "a number between 0 and 1")
-        super().__init__(Softmax(heads, head_dim or dim // heads), dim, context_dim=context_dim, bias=bias)
+        super().__init__(Softmax(heads, head_width(dim, heads, head_dim)), dim, context_dim=context_dim, bias=bias)
         self.local = heads // 2 if local_heads is None else local_heads
         expect(0 <= self.local < heads, "local_heads", self.local, f"fewer than heads = {heads}")
         self.clusters, self.window, self.decay, self.lookahead = clusters, window, decay, lookahead

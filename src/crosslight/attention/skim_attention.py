@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from crosslight.attention.backbone import Mlp
-from crosslight.attention.base import AttentionLayer, How
+from crosslight.attention.base import AttentionLayer, How, head_width
 from crosslight.attention.softmax import Softmax
 from crosslight.cards import Card, Evidence
 from crosslight.engines import masks
@@ -288,10 +288,9 @@ class SkimAttention(AttentionLayer):
         size: int = 1024,
         line: int = 32,
     ) -> None:
-        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "dim", dim, f"a multiple of heads = {heads}")
         expect(1 <= line <= PAGE, "line", line, f"1 to {PAGE}")
         expect(layout == "order" or size > PAGE, "size", size, f"more than {PAGE}")
-        super().__init__(Softmax(heads, head_dim or dim // heads), dim, bias=bias)
+        super().__init__(Softmax(heads, head_width(dim, heads, head_dim)), dim, bias=bias)
         self.line, self.layout = line, Layout(layout_dim or dim, size, layout)
         width = heads * self.head_dim
         self.q, self.k = (nn.Linear(layout_dim or dim, width, bias) for _ in range(2))

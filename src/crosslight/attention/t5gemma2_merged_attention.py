@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from crosslight.attention.base import AttentionLayer, How
+from crosslight.attention.base import AttentionLayer, How, head_width
 from crosslight.attention.softmax import Softmax
 from crosslight.cards import Card, Evidence
 from crosslight.engines import dense, masks
@@ -148,9 +148,8 @@ class MergedAttention(AttentionLayer):
         position: str | nn.Module | None = "rope",
         window: int | None = None,
     ) -> None:
-        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "dim", dim, f"a multiple of heads = {heads}")
         expect(window is None or window >= 1, "window", window, "a number >= 1, or None")
-        core = Softmax(heads, head_dim or dim // heads)
+        core = Softmax(heads, head_width(dim, heads, head_dim))
         super().__init__(core, dim, kv_heads=kv_heads, bias=bias, position=position)
         expect(not isinstance(self.position, Bias), "position", repr(position), "a rotation or None")
         self.window = window

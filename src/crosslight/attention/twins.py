@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from crosslight.attention import grouped
 from crosslight.attention.backbone import Block, Pyramid, initialise, to_map, to_tokens
-from crosslight.attention.base import AttentionLayer, Core, How
+from crosslight.attention.base import AttentionLayer, Core, How, head_width
 from crosslight.attention.grouped import Cut
 from crosslight.attention.softmax import Softmax
 from crosslight.cards import Card, Evidence
@@ -165,12 +165,8 @@ class Twins(AttentionLayer):
         context_dim: int | None = None,
         bias: bool = True,
     ) -> None:
-        expect(isinstance(heads, int) and heads > 0, "heads", heads, "a positive int")
-        expect(
-            head_dim is not None or dim % heads == 0, "dim", dim, f"a multiple of heads = {heads} (or give head_dim)"
-        )
         expect(isinstance(reduction, int) and reduction >= 1, "reduction", reduction, "a positive int")
-        head_dim = head_dim or dim // heads
+        head_dim = head_width(dim, heads, head_dim)
         core = Softmax(heads, head_dim) if window is None else LSA(heads, head_dim, window=window)
         super().__init__(core, dim, kv_heads=kv_heads, context_dim=context_dim, bias=bias)
         if window is not None:

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crosslight.attention.base import AttentionLayer, Core
+from crosslight.attention.base import AttentionLayer, Core, head_width
 from crosslight.attention.dynamic_mask_attention import attend, scan
 from crosslight.cards import Card, Evidence
 from crosslight.engines import dense, linear, masks
@@ -214,8 +214,7 @@ class DynamicMaskAttention(AttentionLayer):
         keep_window: int = 2048,
         eps: float = 1e-6,
     ) -> None:
-        expect(heads > 0 and (head_dim is not None or dim % heads == 0), "dim", dim, f"a multiple of heads = {heads}")
-        core = DynamicMask(heads, head_dim or dim // heads, keep_window)
+        core = DynamicMask(heads, head_width(dim, heads, head_dim), keep_window)
         super().__init__(core, dim, kv_heads=groups, context_dim=context_dim, bias=bias, position=position)
         self.q_norm, self.k_norm = nn.RMSNorm(self.head_dim, eps=eps), nn.RMSNorm(self.head_dim, eps=eps)
         self.dt = nn.Linear(self.kv_heads * self.head_dim, self.kv_heads, bias)
