@@ -170,7 +170,13 @@ def _run(forward: Callable[[], Any], wanted: list[Tensor], backward: bool) -> Ca
     return both
 
 
-def _built(entrant: Entrant, setting: Setting, **sizes: Any) -> nn.Module:
+def roomy(id: str, n: int) -> Entrant:
+    """A row with room for ``n`` tokens, where its default has a learned place a token or a segment of 128."""
+    known = registry.options(registry.factory(id)[0])
+    return Entrant(id, {name: size for name, size in (("max_length", n), ("segments", -(-n // 128))) if name in known})
+
+
+def built(entrant: Entrant, setting: Setting, **sizes: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return registry.create(entrant.id, **{**sizes, **entrant.options}).to(**setting.factory)
@@ -182,7 +188,7 @@ def _token(entrant: Entrant, setting: Setting, mask: Mask | None) -> Callable[[i
     module = (
         Layer(BASELINES[entrant.id], setting.dim, setting.heads).to(**setting.factory)
         if entrant.id in BASELINES
-        else _built(entrant, setting, dim=setting.dim, heads=setting.heads)
+        else built(entrant, setting, dim=setting.dim, heads=setting.heads)
     )
 
     def make(n: int) -> Call:
@@ -209,7 +215,7 @@ def _core(entrant: Entrant, setting: Setting, mask: Mask | None) -> Callable[[in
             return baseline(q, k, v, mask, causal)
 
     else:
-        layer = _built(entrant, setting, dim=setting.dim, heads=setting.heads)
+        layer = built(entrant, setting, dim=setting.dim, heads=setting.heads)
         core = getattr(layer, "core", None)
         if core is None:
             raise Unsupported(f"level: {entrant.id} is a layer, with no core between heads")
@@ -227,7 +233,7 @@ def _core(entrant: Entrant, setting: Setting, mask: Mask | None) -> Callable[[in
 
 
 def _map(entrant: Entrant, setting: Setting, mask: Mask | None) -> Callable[[int], Call]:
-    module = _built(entrant, setting, channels=setting.dim)
+    module = built(entrant, setting, channels=setting.dim)
 
     def make(n: int) -> Call:
         side = round(n**0.5)
@@ -241,7 +247,7 @@ def _fusion(entrant: Entrant, setting: Setting, mask: Mask | None) -> Callable[[
     widths = {"a": setting.dim, "b": setting.dim}
     sizes = {"streams": widths, "heads": setting.heads}
     known = registry.options(registry.factory(entrant.id)[0])
-    module = _built(entrant, setting, **{name: size for name, size in sizes.items() if name in known})
+    module = built(entrant, setting, **{name: size for name, size in sizes.items() if name in known})
 
     def make(n: int) -> Call:
         streams = dict(zip(widths, _inputs(setting, *[(setting.batch, n, setting.dim)] * 2), strict=True))

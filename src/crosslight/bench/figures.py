@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 
 from crosslight import registry
-from crosslight.bench import memory, timing
-from crosslight.bench.calls import Call, Prepared, Setting, Unsupported
+from crosslight.bench import marked, memory, timing
+from crosslight.bench.calls import Call, Prepared, Setting, Unsupported, roomy
 from crosslight.bench.curves import growth
 from crosslight.bench.machine import machine
 from crosslight.cards import Card
@@ -168,10 +168,7 @@ def extra_memory(bench: _Bench) -> Iterator[Figure]:
 def _extra_memory(bench: _Bench, card: Card, n: int) -> Iterator[Figure]:
     wanted = ("causal-self", "noncausal-self", "noncausal-cross", "causal-cross")
     pattern = next(p for p in wanted if p in card.patterns)
-    known = registry.options(registry.factory(card.id)[0])
-    # A learned place a token, or a segment of 128: room for all of them.
-    room = {name: size for name, size in (("max_length", n), ("segments", n // 128)) if name in known}
-    entrant = Entrant(card.id, room)
+    entrant = roomy(card.id, n)
     for backward in (False, True):
         setting: dict[str, Any] = {"pattern": pattern, "backward": backward}
         name = f"extra memory of {card.id} at {n:,}, {pattern}, {_passes(backward)}"
@@ -228,7 +225,10 @@ def files(root: Path, device: str, taken: Sequence[Figure]) -> dict[Path, str]:
     known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     known[kind] = {"machine": about, "figures": [asdict(f) | {"holds": f.holds} for f in taken]}
     text = page.read_text(encoding="utf-8") if page.exists() else "# Performance\n"
-    return {record: json.dumps(known, indent=1) + "\n", page: _placed(text, kind, _section(kind, device, about, taken))}
+    return {
+        record: json.dumps(known, indent=1) + "\n",
+        page: marked.placed(text, f"figures: {kind}", _section(kind, device, about, taken)),
+    }
 
 
 def _section(kind: str, device: str, about: dict[str, str | int], taken: Sequence[Figure]) -> str:
@@ -246,12 +246,3 @@ def _section(kind: str, device: str, about: dict[str, str | int], taken: Sequenc
         *(f"| {f.name} | {f.sense} {f.target:g}{f.unit} | {f.shown} | {'' if f.holds else 'missed'} |" for f in taken),
     ]
     return "\n".join(lines)
-
-
-def _placed(text: str, kind: str, section: str) -> str:
-    """The page with this device's part put in the place of the former one."""
-    start, end = f"<!-- figures: {kind} -->", f"<!-- end of figures: {kind} -->"
-    block = f"{start}\n{section}\n{end}"
-    if start in text and end in text:
-        return text[: text.index(start)] + block + text[text.index(end) + len(end) :]
-    return f"{text.rstrip()}\n\n{block}\n"

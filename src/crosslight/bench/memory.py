@@ -47,7 +47,7 @@ def _peak_cpu(fn: Callable[[], Any]) -> int:
 @contextmanager
 def bounded() -> Iterator[None]:
     """Inside, an allocation beyond the memory that is free now raises, where Linux would end the process later."""
-    free = _available()
+    free = available()
     if free is None:
         yield
         return
@@ -65,7 +65,7 @@ def bounded() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def _available() -> int | None:
+def available() -> int | None:
     """Free bytes of this machine, if the system says."""
     if not sys.platform.startswith("linux"):
         return None

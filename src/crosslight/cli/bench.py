@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from crosslight import registry
 from crosslight.cli import checkout
-from crosslight.cli.console import console, errors, write_whole
+from crosslight.cli.console import console, errors, progress, write_whole
 from crosslight.errors import expect, require
 
 if TYPE_CHECKING:
@@ -85,18 +84,34 @@ def _figures(device: str) -> None:
     from crosslight.bench import figures
 
     root, taken = checkout.root(), []
-    columns = (TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal) as progress:
-        bar = progress.add_task("")
-        for found in figures.take(device, started=lambda name: progress.update(bar, description=name)):
+    with progress(counted=False) as shown:
+        bar = shown.add_task("")
+        for found in figures.take(device, started=lambda name: shown.update(bar, description=name)):
             taken.append(found)
-            progress.console.print(found.line(), highlight=False, markup=False, soft_wrap=True)
-            files = figures.files(root, device, taken)
-            for path, text in files.items():
-                path.parent.mkdir(exist_ok=True)
-                write_whole(path, text)
+            shown.console.print(found.line(), highlight=False, markup=False, soft_wrap=True)
+            _write(figures.files(root, device, taken))
     missed = [found.name for found in taken if not found.holds]
     print(f"{len(taken) - len(missed)} of {len(taken)} figures reached" + "".join(f"\n  not: {m}" for m in missed))
+
+
+def _table(device: str, ids: Sequence[str]) -> None:
+    from crosslight.bench import table
+
+    root = checkout.root()
+    record = table.path(root, device)
+    rows = table.Table(device, json.loads(record.read_text(encoding="utf-8")) if record.exists() else None)
+    with progress(counted=False) as shown:
+        bar = shown.add_task("")
+        for row in rows.measure(ids, started=lambda id, n: shown.update(bar, description=f"{id} at {n:,}")):
+            shown.console.print(row.line(), highlight=False, markup=False, soft_wrap=True)
+            _write(table.files(root, device, rows))
+    print(f"{len(rows.rows)} rows in {record.relative_to(root)}, tables in docs/performance.md")
+
+
+def _write(files: Mapping[Path, str]) -> None:
+    for path, text in files.items():
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, text)
 
 
 def bench(
@@ -128,6 +143,12 @@ def bench(
     figures: Annotated[
         bool, typer.Option("--figures", help="Take the project's own figures and write docs/performance.md.")
     ] = False,
+    table: Annotated[
+        bool,
+        typer.Option(
+            "--table", help="Measure all rows of kind token, or those given, for docs/performance.md; resumes."
+        ),
+    ] = False,
 ) -> None:
     """Measure time, memory and FLOPs against length.
 
@@ -146,6 +167,9 @@ def bench(
     if figures:
         _figures(device)
         return
+    if table:
+        _table(device, entrants or ())
+        return
     from crosslight.bench import Setting, record, summarise, sweep
     from crosslight.comparison.defaults import parse
 
@@ -156,9 +180,8 @@ def bench(
     sizes = sorted({parse_length(text.strip()) for text in lengths.split(",")})
     done: list[Measurement] = []
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal) as progress:
-        bar = progress.add_task("", total=len(measured) * len(sizes))
+    with progress() as shown:
+        bar = shown.add_task("", total=len(measured) * len(sizes))
         for m in sweep(
             measured,
             sizes,
@@ -167,10 +190,10 @@ def bench(
             limit=limit,
             baselines=baselines,
             counts=counts,
-            started=lambda label, n: progress.update(bar, description=f"{label} at {n:,}"),
+            started=lambda label, n: shown.update(bar, description=f"{label} at {n:,}"),
         ):
             done.append(m)
-            progress.advance(bar)
+            shown.advance(bar)
             if not errors().is_terminal:
                 print(f"{m.entrant} at {m.length:,}: {seconds(m.best) if m.best else m.status}", file=sys.stderr)
             if json_ is not None:
@@ -178,8 +201,8 @@ def bench(
     screen = console()
     place = {e.label: i for i, e in enumerate(measured)}
     done.sort(key=lambda m: (m.length, place[m.entrant]))
-    for table in tables(done, summarise(done, baselines), counts):
-        screen.print(table, "")
+    for part in tables(done, summarise(done, baselines), counts):
+        screen.print(part, "")
     for text in dict.fromkeys(f"{m.entrant}: {m.status}: {m.error}" for m in done if m.error):
         screen.print(text, style="dim", markup=False, highlight=False)
     if chart is not None:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from crosslight import registry
 from crosslight.cards import PATTERNS
-from crosslight.cli.console import PatternOption, console, errors
+from crosslight.cli.console import PatternOption, console, progress
 from crosslight.errors import require
 
 if TYPE_CHECKING:
@@ -116,12 +115,11 @@ def _curves(frame: pd.DataFrame, device: str, dim: int | None, heads: int | None
         return None
     setting = Setting(pattern, dim or Size.dim, heads or Size.heads, device=device)
     done: list[Measurement] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal) as progress:
-        bar = progress.add_task("against length", total=len(LENGTHS) * (len(entrants) + 1))
+    with progress() as shown:
+        bar = shown.add_task("against length", total=len(LENGTHS) * (len(entrants) + 1))
         for m in sweep([*entrants, Entrant("sdpa")], LENGTHS, setting, rounds=3, limit=2.0, baselines=["sdpa"]):
             done.append(m)
-            progress.advance(bar)
+            shown.advance(bar)
     return record(done, setting, ["sdpa"])
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from crosslight.cards import GROWTH, KINDS, PATTERNS
 
@@ -28,6 +29,13 @@ def console() -> Console:
 def errors() -> Console:
     """Where progress goes, so that a pipe gets results only."""
     return Console(stderr=True)
+
+
+def progress(*, counted: bool = True) -> Progress:
+    """A bar on a terminal's stderr, nothing in a pipe; without a count only what is under way, and since when."""
+    counts = (BarColumn(), MofNCompleteColumn()) if counted else ()
+    columns = (TextColumn("{task.description}"), *counts, TimeElapsedColumn())
+    return Progress(*columns, console=errors(), transient=True, disable=not errors().is_terminal)
 
 
 def write_whole(path: Path, text: str) -> None:
