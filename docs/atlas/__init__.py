@@ -1,0 +1,1 @@
+"""What the atlas pages of the docs are made of."""
