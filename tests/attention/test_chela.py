@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 
 import crosslight
+from crosslight.attention import chela
 from crosslight.attention.chela import ShortLong
 from crosslight.engines import linear
+from crosslight.engines.backend import backend
 from crosslight.errors import CrosslightError
 
 DIM = 6
@@ -146,3 +148,23 @@ def test_bad_options_are_named():
     for options, named in (({"heads": 3}, "z_dim"), ({"taps": 0}, "taps"), ({"scales": 0}, "scales")):
         with pytest.raises(CrosslightError, match=f"{named}: got"):
             make(**options)
+
+
+def test_training_is_the_same_in_blocks_and_tap_by_tap():
+    """Long calls convolve block by block, and make again in the backward pass what they do not keep."""
+    attn, x = make().train(), stream(150).requires_grad_()
+    wanted, found = [x, *attn.parameters()], []
+    for name in ("auto", "reference"):
+        with backend(name):
+            y = attn(x, causal=True)
+        found.append([y, *torch.autograd.grad(y.square().sum(), wanted, allow_unused=True)])
+    for ours, expected in zip(*found, strict=True):
+        assert ours is expected is None or torch.allclose(ours, expected, atol=1e-8)
+
+
+def test_a_training_step_counts_the_batch_once(monkeypatch):
+    monkeypatch.setattr(chela, "ROWS", 4)
+    attn = make().train()
+    conv = attn.conv
+    attn(stream(9), causal=True).sum().backward()
+    assert (conv.norm_long.num_batches_tracked, conv.norm_short.num_batches_tracked) == (1, 1)

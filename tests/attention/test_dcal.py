@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import crosslight
-from crosslight.attention.dcal import DualViT, UncertaintyLoss, rollout
+from crosslight.attention import dcal
+from crosslight.attention.dcal import DualViT, UncertaintyLoss, rollout, strongest
 from crosslight.errors import CrosslightError
 from crosslight.testing import flops
 
@@ -142,6 +143,16 @@ def test_local_branch_is_a_block_on_the_rows_that_ask():
     best = total[:, 0, 1:].argsort(1, descending=True)[:, :4].sort(1).values + 1
     rows = torch.stack([t[[0, *index]] for t, index in zip(y, best.tolist(), strict=True)])
     assert torch.allclose(model.local_norm(block.local(x, total[:, 0])), rows, atol=1e-10)
+
+
+def test_tokens_are_ranked_once(monkeypatch):
+    calls, block = [], network().local_block
+    monkeypatch.setattr(dcal, "strongest", lambda *given: calls.append(given) or strongest(*given))
+    importance = torch.rand(2, 17)
+    y = block.local(torch.randn(2, 17, DIM), importance)
+    assert (len(calls), y.shape) == (1, (2, 5, DIM))
+    with pytest.raises(CrosslightError, match="importance: got"):
+        block.local(torch.randn(2, 17, DIM), importance[:, 1:])
 
 
 def test_pairs_add_no_parameters_and_disturb():

@@ -159,6 +159,15 @@ def test_the_network_reads_events():
     assert [stage.blocks[0].attend.groups for stage in model.stages] == [12, 6, 3]
 
 
+def test_convolutions_begin_as_linear_layers_do():
+    model = crosslight.create("get-event-transformer", preset="base")
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convolutions) == 3
+    for conv in convolutions:
+        assert not conv.bias.any()
+        assert conv.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
 def test_bad_options_are_named():
     with pytest.raises(CrosslightError, match="groups: got 5, expected a divisor of dim = 12"):
         GroupEventAttention(12, 2, groups=5)

@@ -110,6 +110,22 @@ def test_the_mask_head_learns_from_the_logits_alone():
     assert torch.autograd.grad(attn(x, z).square().sum(), attn.v[0].weight)[0].abs().max() > 0
 
 
+def test_a_step_of_training_counts_the_batch_once():
+    attn, (x, z) = made().train(), streams()
+    expected = attn.logits(x, z)
+    before = {name: b.clone() for name, b in attn.named_buffers()}
+    torch.testing.assert_close(attn.logits(x, z), expected)
+    assert all(torch.equal(b, before[name]) for name, b in attn.named_buffers())
+    attn(x, z)
+    counts = [b for name, b in attn.named_buffers() if name.endswith("num_batches_tracked")]
+    assert len(counts) == 10
+    assert all(count == 1 for count in counts)
+    pixels = attn.pixel[0](F.gelu(z)).flatten(0, 1)
+    torch.testing.assert_close(
+        attn.pixel[1].running_mean, 0.99 * before["pixel.1.running_mean"] + 0.01 * pixels.mean(0)
+    )
+
+
 def test_a_new_layer_changes_nothing():
     attn = crosslight.create("kmax-deeplab", dim=DIM, queries=7)
     y = attn(None, torch.randn(2, 30, DIM))

@@ -78,13 +78,23 @@ def test_chunks_are_the_loop_with_gradients_at_their_head(depth, chunk):
     assert torch.allclose(attn(x, causal=True)[0], expected, atol=1e-10)
 
 
+def test_only_weights_leave_a_trace(monkeypatch):
+    attn, x = make(form="lmm"), stream(10)
+    weights, expected = attn.weights(x, causal=True), attn(x, causal=True)
+    assert torch.allclose(attn.read(weights, x, causal=True), expected, atol=1e-10)
+    monkeypatch.setattr(type(attn.memory), "trace", None)
+    assert torch.equal(attn(x, causal=True), expected)
+    with pytest.raises(TypeError):
+        attn.weights(x, causal=True)
+
+
 def test_linear_memory_without_momentum_is_the_gated_delta_rule():
     attn, x = make(form="lmm", depth=1, chunk=1), stream(7)
     memory = attn.memory
     with torch.no_grad():
         memory.gates.weight[HEADS : 2 * HEADS] = 0
         memory.gates.bias[HEADS : 2 * HEADS] = -1000
-    y, _, state = memory.run(x)
+    y, state = memory.run(x)
     q, k, v, _ = memory.project(x, None, x.new_zeros(1, 3, 3 * DIM))
     alpha, _, theta = torch.sigmoid(memory.gates(x)).transpose(1, 2).chunk(3, 1)
     for h in range(HEADS):

@@ -57,7 +57,9 @@ def test_without_a_it_is_plain_causal_attention():
     x = torch.randn(2, 20, 32, dtype=torch.float64)
     q, k, v = attn._heads(x, x, How(causal=True))
     assert (k[..., -2:].sum(-1) == 1).all()
-    expected = F.scaled_dot_product_attention(q[..., :-2] * 8**0.5, k[..., :-2], v, is_causal=True)
+    assert q.shape[-1] == k.shape[-1] == 16  # filled up with zeros
+    assert not k[..., 8:-2].any()
+    expected = F.scaled_dot_product_attention(q[..., :8] * 8**0.5, k[..., :8], v, is_causal=True)
     torch.testing.assert_close(attn(x, causal=True), attn.out(expected.transpose(1, 2).flatten(2)))
 
 

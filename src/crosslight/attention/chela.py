@@ -19,15 +19,18 @@ decoding carries the state of the attention and as many tokens as the kernel is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from crosslight.attention.base import How, Mechanism
 from crosslight.cards import Card, Evidence
 from crosslight.engines import linear, masks, recurrent
+from crosslight.engines.backend import forced
 from crosslight.engines.linear import LinearState
 from crosslight.errors import expect
 from crosslight.registry import register
@@ -38,6 +41,9 @@ if TYPE_CHECKING:
     Stream = Float[Tensor, "batch n dim"]
     Heads = Float[Tensor, "batch heads n head_dim"]
     Kernel = Float[Tensor, "dim length"]
+
+#: Calls a function whose intermediate tensors are made again in the backward pass.
+again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 CARD = Card(
     id="chela",
@@ -73,6 +79,15 @@ def _folded(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
     assert norm.running_var is not None
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     return scale, norm.bias - norm.running_mean * scale
+
+
+#: Tokens whose outputs are normed and gated at a time.
+ROWS = 2048
+
+
+def _times_normed(gate: Float[Tensor, "batch n v_dim"], o: Heads) -> Float[Tensor, "batch n v_dim"]:
+    """SiLU(gate) * norm(o)."""
+    return F.silu(gate) * F.rms_norm(o, (o.shape[-1],), eps=1e-6).transpose(1, 2).flatten(2)
 
 
 class ShortLong(nn.Module):
@@ -125,7 +140,10 @@ class ShortLong(nn.Module):
             y = recurrent.fft_conv(x, past, None if past_only else future) + bias.unsqueeze(1)
         else:
             ahead = None if past_only else self.kernel(1, n)
-            y = self.norm_long(recurrent.fft_conv(x, self.kernel(0, n), ahead))
+            # The backward pass makes the transform of x again, unless it may run outside a forced reference.
+            given = x, self.kernel(0, n), ahead
+            y = recurrent.fft_conv(*given) if forced() == "reference" else again(recurrent.fft_conv, *given)
+            y = self.norm_long(y)
             y = y + self.norm_short(self._near(x, past_only))
         return F.silu(y).transpose(1, 2)
 
@@ -235,8 +253,10 @@ class CHELA(Mechanism):
         return self._gated(x, self._convolved(x, context, how)[0], weights @ self._values(context))
 
     def _gated(self, x: Stream, z: Stream, o: Heads) -> Stream:
-        o = F.rms_norm(o, (o.shape[-1],), eps=1e-6).transpose(1, 2).flatten(2)
-        candidate = F.silu(self.candidate(x) + self.out(F.silu(self.gate(z)) * o))
+        # Some tokens at a time, made again in the backward pass: what this keeps and passes is wider than all else.
+        parts = zip(self.gate(z).split(ROWS, 1), o.split(ROWS, 2), strict=True)
+        gated = torch.cat([again(_times_normed, *part) for part in parts], 1)
+        candidate = F.silu(self.candidate(x) + self.out(gated))
         return x + self.update(z).sigmoid() * (candidate - x)
 
     def _step(self, x, cache, context, how):

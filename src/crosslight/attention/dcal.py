@@ -36,7 +36,7 @@ from crosslight.errors import expect
 from crosslight.registry import register
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
     Stream = Float[Tensor, "batch n dim"]
 
@@ -80,6 +80,16 @@ def rollout(attentions: Sequence[Float[Tensor, "batch heads n n"]]) -> Float[Ten
     return total
 
 
+def strongest(
+    importance: Float[Tensor, "batch n"], ratio: float, keep: Bool[Tensor, "batch n"] | None = None
+) -> Int[Tensor, "batch local"]:
+    """Token 0 and the ``ratio`` of the others that is most important, in order."""
+    if keep is not None:
+        importance = importance.masked_fill(~keep, -torch.inf)
+    best = importance[:, 1:].topk(math.ceil(ratio * (importance.shape[1] - 1)), -1).indices + 1
+    return torch.cat([best.new_zeros(len(best), 1), best.sort(-1).values], 1)
+
+
 @register(CARD)
 class DualCrossAttention(AttentionLayer):
     """softmax attention in which the local tokens ask (self), or all of x (cross).
@@ -106,6 +116,16 @@ class DualCrossAttention(AttentionLayer):
         super().__init__(Softmax(heads, dim // heads), dim, context_dim=context_dim, bias=bias)
         self.ratio = ratio
         self._importance: Tensor | None = None
+        self._chosen: Tensor | None = None
+
+    @contextmanager
+    def chosen(self, index: Int[Tensor, "batch local"]) -> Iterator[None]:
+        """Inside, the tokens of ``index`` ask, CLS among them, and none is ranked."""
+        before, self._chosen = self._chosen, index
+        try:
+            yield
+        finally:
+            self._chosen = before
 
     @contextmanager
     def ranked_by(self, importance: Float[Tensor, "batch n"]) -> Iterator[None]:
@@ -118,17 +138,15 @@ class DualCrossAttention(AttentionLayer):
 
     def _asking(self, q: Tensor, k: Tensor, how: How) -> Int[Tensor, "batch local"]:
         """Token 0 and the most important others, in order."""
+        if self._chosen is not None:
+            return self._chosen
         n, importance = q.shape[2], self._importance
         if importance is None:
             # In at least float32, so that rounding decides as seldom as it can.
             cls, keys = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in (q[:, :, :1], k))
             importance = dense.weights(cls, keys, mask=how.mask).mean(1)[:, 0]
         expect(importance.shape == (len(q), n), "importance", tuple(importance.shape), f"({len(q)}, {n}) as x")
-        keep = masks.split(how.mask)[1]
-        if keep is not None:
-            importance = importance.masked_fill(~keep, -torch.inf)
-        best = importance[:, 1:].topk(math.ceil(self.ratio * (n - 1)), -1).indices + 1
-        return torch.cat([best.new_zeros(len(q), 1), best.sort(-1).values], 1)
+        return strongest(importance, self.ratio, masks.split(how.mask)[1])
 
     def local(self, x: Stream) -> Int[Tensor, "batch local"]:
         """The tokens of x that ask."""
@@ -189,10 +207,11 @@ class DualBlock(nn.Module):
 
     def local(self, x: Stream, importance: Float[Tensor, "batch n"]) -> Stream:
         """GLCA: the local tokens alone, CLS first, (batch, local, dim)."""
-        z = self.norm1(x)
-        with self.attend.ranked_by(importance):
-            index, y = self.attend.local(z).unsqueeze(-1), self.attend(z)
-        return self._rest((x + y).gather(1, index.expand(-1, -1, x.shape[2])))
+        expect(importance.shape == x.shape[:2], "importance", tuple(importance.shape), f"{tuple(x.shape[:2])} as x")
+        z, index = self.norm1(x), strongest(importance, self.attend.ratio)
+        with self.attend.chosen(index):
+            y = self.attend(z)
+        return self._rest((x + y).gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2])))
 
 
 class DualViT(nn.Module):

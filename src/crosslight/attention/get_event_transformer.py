@@ -65,7 +65,8 @@ CARD = Card(
     differs="Places beyond the map are masked in the first attention and zero in the second; the released code lets "
     "zero tokens take part. Groups are neighbouring channels, as in the group convolution; the released bias takes "
     "every groups-th channel for a group. Time is measured from the earliest to the latest event instead of the first "
-    "to the last. The released models cut time into 12 slices for 12 groups.",
+    "to the last. The released models cut time into 12 slices for 12 groups. The network begins as the released "
+    "`init_weights` says, which the released training script does not call.",
     evidence=Evidence(
         claim="windows of 4 x 4 with attention between channels are not worse than full attention by more than 0.03",
         task="digits",
@@ -334,6 +335,10 @@ class Network(Pyramid):
         # The normalisation comes before the mean over the tokens.
         self.last = nn.LayerNorm(wide, eps=1e-6)
         initialise(self)
+        for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
+            nn.init.trunc_normal_(conv.weight, std=0.02)
+            assert conv.bias is not None
+            nn.init.zeros_(conv.bias)
 
     def forward(self, images: Map) -> Float[Tensor, "batch classes"]:
         return self.head(self.last(to_tokens(self.features(images)[-1])[0]).mean(1))

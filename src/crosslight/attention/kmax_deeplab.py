@@ -141,9 +141,18 @@ class KMeansAttention(Mechanism):
         self.out = normed(dim, dim, weight=0.0)
 
     def logits(self, x: Centres | None, context: Tensor, *, mask: Tensor | None = None) -> Float[Tensor, "batch n m"]:
-        """S, for the mask loss."""
+        """S, for the mask loss. Batch norms keep their running statistics: a step of training has a call of the layer
+        too, which counts the batch."""
         x, context, how = self._checked(x, context, mask, False, None)
-        return self._logits(x, self._pixels(context), how)
+        norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+        before = [norm.track_running_stats for norm in norms]
+        try:
+            for norm in norms:
+                norm.track_running_stats = False  # in training the statistics of the batch, and no trace of them
+            return self._logits(x, self._pixels(context), how)
+        finally:
+            for norm, tracks in zip(norms, before, strict=True):
+                norm.track_running_stats = tracks
 
     def _pixels(self, context: Tensor) -> Pixels:
         return F.gelu(self.pixel(F.gelu(context)))

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from crosslight.attention.base import AttentionLayer, LayerCache, head_width
 from crosslight.attention.masformer import Spans
+from crosslight.attention.precision import in_full
 from crosslight.attention.softmax import Softmax
 from crosslight.cards import Card, Evidence
 from crosslight.engines import dense, masks, routed, sparse
@@ -134,6 +135,14 @@ class RoutingAttention(AttentionLayer):
             # r of the distances 1 - 2 window to 2 window - 1.
             self.relative = nn.Parameter(0.02 * torch.randn(self.local, 4 * window - 1, self.head_dim))
 
+    # In at least float32: rounded to half precision first, tokens between two clusters would change sides. What is
+    # read is rounded once clusters are chosen.
+    def _queries(self, x):
+        return self._split(in_full(self.q, x), self.heads)
+
+    def _keys(self, context):
+        return self._split(in_full(self.k, context), self.heads)
+
     # Clusters ---------------------------------------------------------------------------------------------------
     def _norm(self, t: Tensor) -> Tensor:
         return F.layer_norm(t, (self.head_dim,))
@@ -186,6 +195,7 @@ class RoutingAttention(AttentionLayer):
     def _route_balanced(self, q: Tensor, k: Tensor, v: Tensor, keeps: tuple, causal: bool) -> Tensor:
         """The mean over the clusters that hold a query."""
         rows, asked, columns, keep = self._balanced(q, k, keeps, causal)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         parts = (_gathered(q, rows), _gathered(k, columns), _gathered(v, columns))
         y = dense.attend(*(t.flatten(0, 1) for t in parts), mask=masks.Pairs(keep.flatten(0, 1)))
         y = y.unflatten(0, q.shape[:2]) * asked[..., None]
@@ -209,7 +219,7 @@ class RoutingAttention(AttentionLayer):
         batch, heads = q.shape[:2]
         cluster, order = self.nearest(q, keep).flatten(0, 1).sort(stable=True)
         wide = order[:, None, :, None]
-        q, v = (t.flatten(0, 1)[:, None].gather(2, wide.expand(-1, -1, -1, t.shape[3])) for t in (q, v))
+        q, v = (t.flatten(0, 1)[:, None].gather(2, wide.expand(-1, -1, -1, t.shape[3])) for t in (q.to(v.dtype), v))
         rule = masks.causal() & masks.window(self.window - 1) & masks.segments(cluster)
         if keep is not None:
             rule = rule & masks.Keys(keep.repeat_interleave(heads, 0).gather(1, order))
@@ -225,7 +235,7 @@ class RoutingAttention(AttentionLayer):
     def _route_each(self, q: Tensor, k: Tensor, v: Tensor, held: Tensor) -> Tensor:
         """Queries on the members of the centroid nearest to them, (batch, heads, clusters, w, dim)."""
         size, filled = k.shape[3], held.flatten(0, 1).flatten(1)
-        flat = (q, k.flatten(2, 3), v.flatten(2, 3))
+        flat = (q.to(v.dtype), k.flatten(2, 3), v.flatten(2, 3))
         each_q, each_k, each_v = (t.flatten(0, 1)[:, None] for t in flat)
         nearest = self.nearest(q).flatten(0, 1)[:, None, :, None]
         y, _ = routed.attend(each_q, each_k, each_v, nearest, size, mask=masks.Keys(filled))
@@ -273,11 +283,12 @@ class RoutingAttention(AttentionLayer):
     # The layer --------------------------------------------------------------------------------------------------
     def _split_heads(self, x: Tensor, context: Tensor, how) -> tuple[QKV, QKV]:
         """q, k, v of the local heads, and of the routing heads; those have their queries as keys when causal."""
-        q, k, v = self._heads(x, context, how)
+        q, k, v = self._queries(x), self._keys(context), self._values(context)
         local = 0 if how.cross else self.local
         routing_q = self._norm(q[:, local:])
         routing_k = routing_q if how.triangular else self._norm(k[:, local:])
-        return (q[:, :local], k[:, :local], v[:, :local]), (routing_q, routing_k, v[:, local:])
+        near = (q[:, :local].to(v.dtype), k[:, :local].to(v.dtype), v[:, :local])
+        return near, (routing_q, routing_k, v[:, local:])
 
     def _forward(self, x, context, how):
         near, (q, k, v) = self._split_heads(x, context, how)
@@ -289,7 +300,7 @@ class RoutingAttention(AttentionLayer):
             y = self._route_causal(q, v, keep)
         elif how.causal and how.cross:
             columns, held = self._members(k, keep)
-            y = self._route_each(q, _gathered(k, columns), _gathered(v, columns), held)
+            y = self._route_each(q, _gathered(k.to(v.dtype), columns), _gathered(v, columns), held)
         else:
             y = self._route_balanced(q, k, v, keeps, how.triangular)
         if near[0].shape[1]:
@@ -297,7 +308,7 @@ class RoutingAttention(AttentionLayer):
         return self._merge(y, x)
 
     def _weights(self, x, context, how):
-        near, (q, k, _) = self._split_heads(x, context, how)
+        near, (q, k, v) = self._split_heads(x, context, how)
         keep = masks.split(how.mask)[1]
         if how.triangular and not self.lookahead:
             weights = self._weigh_causal(q, keep)
@@ -309,6 +320,7 @@ class RoutingAttention(AttentionLayer):
             weights = dense.weights(q, k, mask=masks.Pairs(read.gather(2, near_by)))
         else:
             weights = self._weigh_balanced(q, k, (None if how.cross else keep, keep), how.triangular)
+        weights = weights.to(v.dtype)
         if near[0].shape[1]:
             weights = torch.cat([self._weigh_near(*near[:2], how.mask, how.causal), weights], 1)
         return weights
@@ -320,13 +332,14 @@ class RoutingAttention(AttentionLayer):
             if cache is None:
                 _, (q, k, v) = self._split_heads(x, context, how)
                 columns, held = self._members(k, masks.split(how.mask)[1])
-                lists = (_gathered(k, columns), _gathered(v, columns), held)
+                lists = (_gathered(k.to(v.dtype), columns), _gathered(v, columns), held)
             else:
                 q, lists = self._norm(self._queries(x)), cache.state
             return self._merge(self._route_each(q, *lists), x), LayerCache(length, lists, cross=True)
         expect(not self.lookahead, "lookahead", True, "False: clusters look at tokens that are not there yet")
         (near_q, near_k, near_v), (q, k, v) = self._split_heads(x, x, how)
-        keys, values, cluster = torch.cat([near_k, k], 1), torch.cat([near_v, v], 1), self.nearest(q)
+        cluster, q, k = self.nearest(q), q.to(v.dtype), k.to(v.dtype)
+        keys, values = torch.cat([near_k, k], 1), torch.cat([near_v, v], 1)
         if cache is None:
             return self._forward(x, x, how), LayerCache(length, State(KVCache.start(keys, values), cluster))
         cluster = torch.cat([cache.state.cluster, cluster], 2)

@@ -195,6 +195,7 @@ class NeuralMemory(nn.Module):
     def _chunk(
         self, state: MemoryState, q: Heads, k: Heads, v: Heads, gates: tuple[Tensor, ...]
     ) -> tuple[Heads, Heads, Heads, Heads, MemoryState]:
+        """What is read, then of the last layer its inputs for queries and for keys and its errors."""
         c, m, s, flow = self._coefficients(*gates)
         a, d = self.errors(state.M, k, v)
         z, y = q, q
@@ -208,25 +209,31 @@ class NeuralMemory(nn.Module):
             M.append(old * w + fresh * momentum - (at * c[..., -1, None, :]) @ d_l)
             flown = gates[1].sum(-1).exp()[..., None, None]
             S.append(flown * momentum - (at * (flow[..., -1, :] * theta).unsqueeze(-2)) @ d_l)
-        return y, z, a[-1], -d[-1] / 2, replace(state, M=M, S=S, head=M)
+        return y, z, a[-1], d[-1], replace(state, M=M, S=S, head=M)
 
-    def run(
-        self, x: Stream, keep: Keep | None = None, state: MemoryState | None = None
-    ) -> tuple[Heads, Trace, MemoryState]:
-        """M_t(q_t) of all tokens, chunk by chunk from ``state``, which stands at the head of a chunk."""
-        state = self.state(x) if state is None else state
+    def _sides(self, x: Stream, keep: Keep | None, state: MemoryState, count: int) -> tuple[list[Heads], MemoryState]:
+        """The first ``count`` tensors that chunks yield, of all tokens."""
         q, k, v, recent = self.project(x, keep, state.recent)
         gates, parts = self._gates(x, keep), []
-        first = state
         for i in range(0, x.shape[1], self.chunk):
             now = slice(i, i + self.chunk)
             here = q[:, :, now], k[:, :, now], v[:, :, now]
             *part, state = self._chunk(state, *here, tuple(g[..., now] for g in gates))
-            parts.append(part)
-        y, z, a, surprise = (torch.cat(side, 2) for side in zip(*parts, strict=True))
+            parts.append(part[:count])
+        return [torch.cat(side, 2) for side in zip(*parts, strict=True)], replace(state, recent=recent)
+
+    def run(self, x: Stream, keep: Keep | None = None, state: MemoryState | None = None) -> tuple[Heads, MemoryState]:
+        """M_t(q_t) of all tokens, chunk by chunk from ``state``, which stands at the head of a chunk."""
+        (y,), state = self._sides(x, keep, self.state(x) if state is None else state, 1)
+        return y, state
+
+    def trace(self, x: Stream, keep: Keep | None = None) -> Trace:
+        """What `weights` and `read` are made of."""
+        first = self.state(x)
+        (_, z, a, error), _ = self._sides(x, keep, first, 4)
         # What the last layer would read had it learned nothing of these tokens; momentum is 0 before the first.
-        base = gates[0].cumsum(-1).exp().unsqueeze(-1) * (z @ first.M[-1])
-        return y, Trace(z, a, surprise, base), replace(state, recent=recent)
+        base = self._gates(x, keep)[0].cumsum(-1).exp().unsqueeze(-1) * (z @ first.M[-1])
+        return Trace(z, a, -error / 2, base)
 
     def retrieve(self, q: Heads, M: Layers) -> Heads:
         """M(q), of weights that stay."""
@@ -241,17 +248,17 @@ class NeuralMemory(nn.Module):
     def forward(
         self, x: Stream, keep: Keep | None = None, state: MemoryState | None = None
     ) -> tuple[Stream, MemoryState]:
-        y, _, state = self.run(x, keep, state)
+        y, state = self.run(x, keep, state)
         return self.end(y, x), state
 
     def weights(self, x: Stream, keep: Keep | None) -> Weights:
         """What a token's surprise adds to later readings."""
-        _, trace, _ = self.run(x, keep)
+        trace = self.trace(x, keep)
         c = self._coefficients(*self._gates(x, keep))[0]
         return (2 * c * (trace.z @ trace.a.transpose(-1, -2))).to(x.dtype)
 
     def read(self, weights: Weights, x: Stream, keep: Keep | None) -> Stream:
-        _, trace, _ = self.run(x, keep)
+        trace = self.trace(x, keep)
         return self.end(trace.base + weights.to(trace.base.dtype) @ trace.surprise, x)
 
     def step(self, x: Float[Tensor, "batch 1 dim"], state: MemoryState | None) -> tuple[Stream, MemoryState]:

@@ -126,8 +126,8 @@ class Kept:
 
 
 class DynamicMask(Core):
-    """softmax(q k^T) v over the kept keys, of queries (batch, heads, n, d + 2) that are scaled and end in ones,
-    and keys (batch, groups, m, d + 2) that end in their m, in two parts."""
+    """softmax(q k^T) v over the kept keys, of queries (batch, heads, n, width) that are scaled and end in two ones,
+    and keys (batch, groups, m, width) that end in their m, in two parts."""
 
     grouped = True
 
@@ -233,11 +233,15 @@ class DynamicMaskAttention(AttentionLayer):
         dt = F.linear(v.transpose(1, 2).flatten(2).to(wide), self.dt.weight.to(wide), bias)
         m = (self.a.to(wide) * F.softplus(dt)).exp().transpose(1, 2).unsqueeze(-1)
         high = m.to(v.dtype)
-        return self._open(q), torch.cat([k, high, (m - high.to(wide)).to(v.dtype)], -1), v
+        return self._open(q), torch.cat([k, self._filled(k), high, (m - high.to(wide)).to(v.dtype)], -1), v
 
     def _open(self, q: Tensor) -> Tensor:
         """Scaled, with the channels that meet m."""
-        return F.pad(q / math.sqrt(self.head_dim), (0, 2), value=1.0)
+        return torch.cat([q / math.sqrt(self.head_dim), self._filled(q), q.new_ones(()).expand(*q.shape[:3], 2)], -1)
+
+    def _filled(self, t: Tensor) -> Tensor:
+        """Zeros up to a multiple of 8 channels with those of m: CUDA's kernels take a mask at such widths only."""
+        return t.new_zeros(()).expand(*t.shape[:3], -(self.head_dim + 2) % 8)
 
     def _step(self, x, cache, context, how):
         if not how.cross or cache is None:
