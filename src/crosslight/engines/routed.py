@@ -2,7 +2,7 @@
 
 Queries are grouped by the block they chose and each group is cut into tiles of a fixed number of rows, so that one
 batched matrix product serves many groups of any size. The parts of a query are joined by their log-sum-exp. The
-backward pass groups again and computes the tiles again.
+backward pass keeps the groups and computes the tiles again.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def _group(chosen: Int[Tensor, "heads n choices"], blocks: int) -> _Groups:
     size = min(256, max(16, 1 << (n * choices // blocks).bit_length() >> 2))
     nowhere = heads * blocks
     group = chosen + torch.arange(heads, device=device).view(-1, 1, 1) * blocks
-    group = group.masked_fill(chosen < 0, nowhere).flatten().int()
+    # Numbers of 16 bits are sorted ten times as fast.
+    group = group.masked_fill(chosen < 0, nowhere).flatten().to(torch.int16 if nowhere < 1 << 15 else torch.int32)
     group, pair = group.sort(stable=True)
     counts = torch.bincount(group, minlength=nowhere + 1)[:nowhere]
     count = int(counts.sum())
@@ -145,13 +146,15 @@ class _Work:
     def untable(self, x: Tensor, like: Tensor) -> Tensor:
         return x.view(self.batch, self.kv_heads, -1, x.shape[2])[:, :, : self.m].to(like.dtype)
 
-    def turns(self, width: int) -> Iterator[tuple[int, int, _Groups]]:
-        """A few heads at a time: first, last, and their groups."""
+    def turns(self, width: int, kept: dict[int, _Groups]) -> Iterator[tuple[int, int, _Groups]]:
+        """A few heads at a time: first, last, and their groups, which are looked up in ``kept`` or put there."""
         total = self.batch * self.heads
         several = max(1, BUFFER // max(1, self.n * self.chosen.shape[2] * width))
         for first in range(0, total, several):
             stop = min(first + several, total)
-            yield first, stop, _group(self.chosen[first:stop], self.blocks)
+            if first not in kept:
+                kept[first] = _group(self.chosen[first:stop], self.blocks)
+            yield first, stop, kept[first]
 
     def chunks(self, first: int, groups: _Groups) -> Iterator[tuple[slice, Tensor, Tensor, tiles.Hidden | None]]:
         """Of a turn that starts at head ``first``: the rows of a few tiles, their queries, their blocks in the table,
@@ -202,8 +205,9 @@ def _forward(
     text_always: str,
     block_size: int,
     scale: float,
+    kept: dict[int, _Groups] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp."""
+    """Output and log-sum-exp; the groups stay in ``kept`` for the backward pass."""
     with torch.autocast(q.device.type, enabled=False):
         work, room = _Work(q, k, chosen, text, tensors, block_size), tiles.Room()
         q = q * scale
@@ -214,7 +218,7 @@ def _forward(
             out, lse = sparse.forward(q, k, v, tensors_always, text_always, 1.0, True)
         flat_q, table_k, table_v = q.flatten(0, 1), work.table(k), work.table(v)
         part = flat_q.new_empty(0, v.shape[3], dtype=work.dtype)
-        for first, stop, groups in work.turns(v.shape[3]):
+        for first, stop, groups in work.turns(max(q.shape[3], v.shape[3]), {} if kept is None else kept):
             here_q, rows = flat_q[first:stop].reshape(-1, q.shape[3]), groups.query.shape[1]
             part = _buffer(part, groups.query.numel(), v.shape[3])
             part_lse = part.new_full((groups.query.numel() + 1,), -math.inf)  # the last is that of the choice -1
@@ -256,6 +260,7 @@ def _backward(
     text_always: str,
     block_size: int,
     scale: float,
+    kept: dict[int, _Groups] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         work, room = _Work(q, k, chosen, text, tensors, block_size), tiles.Room()
@@ -270,7 +275,7 @@ def _backward(
         table_by_k, table_by_v = work.table(by_k), work.table(by_v)
         delta, lse = delta.flatten(0, 1), lse.flatten(0, 1)
         part = flat_q.new_empty(0, q.shape[3], dtype=work.dtype)
-        for first, stop, groups in work.turns(q.shape[3]):
+        for first, stop, groups in work.turns(max(q.shape[3], v.shape[3]), {} if kept is None else kept):
             here_q = flat_q[first:stop].reshape(-1, q.shape[3])
             here_grad = flat_grad[first:stop].reshape(-1, v.shape[3])
             here_delta, rows = delta[first:stop].flatten(), groups.query.shape[1]
@@ -300,7 +305,8 @@ class _Routed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, chosen, tensors, tensors_always, *how):
         ctx.set_materialize_grads(False)
-        out, lse = _forward(q, k, v, chosen, tensors, tensors_always, *how)
+        ctx.kept = {}
+        out, lse = _forward(q, k, v, chosen, tensors, tensors_always, *how, ctx.kept)
         ctx.save_for_backward(q, k, v, chosen, out, lse, *tensors, *tensors_always)
         ctx.how, ctx.split = how, len(tensors)
         return out, lse
@@ -313,7 +319,7 @@ class _Routed(torch.autograd.Function):
             grad = torch.zeros_like(out)
         tensors, always = tensors[: ctx.split], tensors[ctx.split :]
         delta = sparse.delta_of(grad, out, grad_lse)
-        by = _backward(q, k, v, chosen, tensors, always, lse, grad, delta, *ctx.how)
+        by = _backward(q, k, v, chosen, tensors, always, lse, grad, delta, *ctx.how, ctx.kept)
         return *by, *[None] * 7
 
 
