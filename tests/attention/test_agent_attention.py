@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import crosslight
+from crosslight.attention.agent_attention import AgentAttention, ClassAgents, Network
 from crosslight.errors import CrosslightError
 
 DIM, HEADS, D = 12, 3, 4
@@ -120,3 +121,54 @@ def test_bad_grids_are_named():
         make(window=(4, 4))(stream(16), grid=(2, 8))
     with pytest.raises(CrosslightError, match="agents: got 49"):
         make(agents=49, window=(4, 4))
+
+
+def test_a_class_token_is_read_and_asks_but_is_not_pooled():
+    layer = ClassAgents.build(12, 3, agents=4, window=(3, 4)).double()
+    core, x = layer.core, torch.randn(2, 13, 12, dtype=torch.double)
+    q, k, v = (p(x).unflatten(2, (3, 4)).transpose(1, 2) for p in (layer.q, layer.k, layer.v))
+    image = q[:, :, 1:].mT.reshape(2, 12, 3, 4)
+    a = F.adaptive_avg_pool2d(image, 2).reshape(2, 3, 4, 4).mT
+    gathering, reading = core._biases()  # (heads, agents, places), held to the equations above
+    gathering = torch.cat([core.own[0].expand(3, 4, 1), gathering], 2)
+    reading = torch.cat([core.own[1].expand(3, 4, 1), reading], 2)
+    agents = (a @ k.mT / 2 + gathering).softmax(-1) @ v
+    y = ((q @ a.mT / 2 + reading.mT).softmax(-1) @ agents).transpose(1, 2).flatten(2)
+    y[:, 1:] += layer.conv(layer.v(x)[:, 1:].mT.reshape(2, 12, 3, 4)).flatten(2).mT
+    torch.testing.assert_close(layer(x), layer.out(y))
+    torch.testing.assert_close(layer.read(layer.weights(x), x), layer(x))
+
+
+@pytest.mark.parametrize("design", ["deit", "pvt", "swin", "cswin"])
+def test_networks_run(design):
+    sizes = {"dims": [8], "depths": [2], "heads": [2], "mlp_ratios": [2], "agents": [4], "agent_blocks": [1]}
+    model = Network(design=design, image=16, patch=4, window=2, classes=10, **sizes)
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+    with_agents, plain = model.stages[0].blocks
+    assert isinstance(with_agents.attend.core, AgentAttention)
+    assert not isinstance(getattr(plain.attend, "core", None), AgentAttention)
+
+
+def test_agents_or_blocks_of_another_number_of_stages_are_refused():
+    for name in ("agents", "agent_blocks"):
+        with pytest.raises(CrosslightError, match=f"{name}: got"):
+            Network([8], [2], [2], **{"mlp_ratios": [2], "agents": [4], "agent_blocks": [1], name: [1, 1]})
+
+
+def test_sizes_are_those_of_the_authors_table():
+    millions = {"deit_tiny": 6.0, "deit_small": 22.7, "deit_small_448": 23.1, "deit_base": 87.2}
+    millions |= {"pvt_tiny": 11.6, "pvt_small": 20.6, "pvt_medium": 35.9, "pvt_medium_256": 36.1, "pvt_large": 48.7}
+    for preset, expected in millions.items():
+        with torch.device("meta"):
+            model = crosslight.create("agent-attention", preset=preset)
+        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(expected, abs=0.06)
+    for preset, expected in {
+        "swin_tiny": 29,
+        "swin_small": 50,
+        "swin_base": 88,
+        "cswin_small": 33,
+        "cswin_base": 73,
+    }.items():
+        with torch.device("meta"):
+            model = crosslight.create("agent-attention", preset=preset)
+        assert round(sum(p.numel() for p in model.parameters()) / 1e6) == expected

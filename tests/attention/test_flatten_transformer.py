@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import crosslight
-from crosslight.attention.flatten_transformer import FLatten
+from crosslight.attention.flatten_transformer import FLatten, Network, ReleasedLayer
 from crosslight.engines import masks
 from crosslight.errors import CrosslightError
 
@@ -97,3 +97,57 @@ def test_bad_options_are_named():
         make(power=0)
     with pytest.raises(CrosslightError, match="kernel: got 4"):
         make(kernel=4)
+
+
+def test_the_released_layer_query_by_query():
+    """One scale and one power over all heads, positions of keys, and a mean of products that is never zero."""
+    layer = ReleasedLayer(DIM, HEADS, places=6, kernel=3).double()
+    for p in (layer.scale, layer.places):
+        torch.nn.init.normal_(p)
+    x = torch.randn(2, 6, DIM, dtype=torch.double)
+
+    def phi(t):
+        t = (t.clamp(min=0) + 1e-6) / F.softplus(layer.scale)
+        return t**3 * (t.square().sum(-1) / (t**6).sum(-1)).sqrt()[..., None]
+
+    q, k, v = phi(layer.q(x)), phi(layer.k(x) + layer.places), layer.v(x)
+    y = torch.zeros_like(x)
+    for h in range(HEADS):
+        c = slice(h * D, (h + 1) * D)
+        for i in range(6):
+            w = (q[:, i, None, c] * k[..., c]).sum(-1)
+            y[:, i, c] = (w[..., None] * v[..., c]).mean(1) / (w.mean(1) + 1e-6)[:, None]
+        y[..., c] += layer.conv(v[..., c].mT.unflatten(2, (2, 3))).flatten(2).mT
+    torch.testing.assert_close(layer(x, grid=(2, 3)), layer.out(y))
+    a = layer.weights(x, grid=(2, 3))
+    torch.testing.assert_close(layer.read(a, x, grid=(2, 3)), layer(x, grid=(2, 3)))
+
+
+def test_cswin_adds_a_convolution_of_every_channel():
+    layer, plain = (ReleasedLayer(DIM, HEADS, places=6, near=near).double() for near in (True, False))
+    plain.load_state_dict({name: t for name, t in layer.state_dict().items() if not name.startswith("near")})
+    layer.out = plain.out = torch.nn.Identity()
+    x = torch.randn(2, 6, DIM, dtype=torch.double)
+    near = layer.near(layer.v(x).mT.unflatten(2, (2, 3))).flatten(2).mT
+    torch.testing.assert_close(layer(x, grid=(2, 3)), plain(x, grid=(2, 3)) + near)
+
+
+def test_linear_stages_read_the_whole_map_and_windows_do_not():
+    sizes = {"dims": [8, 16], "depths": [1, 1], "heads": [1, 2], "mlp_ratios": [2, 2], "classes": 10}
+    model = Network(design="swin", linear=1, window=2, image=32, **sizes)
+    x = torch.randn(1, 64, 8, requires_grad=True)
+    (slope,) = torch.autograd.grad(model.stages[0].blocks[0](x, (8, 8))[0, 0].square().sum(), x)
+    assert slope.abs().sum(-1).count_nonzero() == 64
+    x = torch.randn(1, 16, 16, requires_grad=True)
+    (slope,) = torch.autograd.grad(model.stages[1].blocks[0](x, (4, 4))[0, 0].square().sum(), x)
+    assert slope.abs().sum(-1).nonzero()[:, 1].tolist() == [0, 1, 4, 5]
+
+
+@pytest.mark.parametrize("design", ["pvt", "pvtv2", "swin", "cswin"])
+def test_networks_run(design):
+    model = Network([8, 16], [1, 2], [1, 2], design=design, mlp_ratios=[2, 2], image=32, classes=10)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    with pytest.raises(CrosslightError, match="images: got"):
+        model(torch.randn(2, 3, 64, 64))
+    with pytest.raises(CrosslightError, match="linear: got 3"):
+        Network([8, 16], [1, 2], [1, 2], mlp_ratios=[2, 2], linear=3)

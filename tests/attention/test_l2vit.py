@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import crosslight
-from crosslight.attention.l2vit import L2ViT
+from crosslight.attention.l2vit import GlobalBlock, L2ViT, Network
 from crosslight.engines import masks
 from crosslight.errors import CrosslightError
 
@@ -96,3 +96,37 @@ def test_bad_options_are_named():
         make(floor=0)
     with pytest.raises(CrosslightError, match="kernel: got 6"):
         make(kernel=6)
+
+
+def test_a_block_concentrates_the_sum_of_stream_and_attention():
+    block = GlobalBlock(8, 2, 2, kernel=3, floor=1.0).double().eval()
+    x = torch.randn(2, 20, 8, dtype=torch.double)
+
+    def on_the_map(conv, t):
+        image = F.conv2d(t.mT.reshape(2, 8, 4, 5), conv.weight, conv.bias, padding=1, groups=8)
+        return image.reshape(2, 8, 20).mT
+
+    y = x + on_the_map(block.position.conv, x)
+    y = y + block.attend(block.norm1(y))
+    lcm = block.concentrate
+    z = F.gelu(on_the_map(lcm.first, lcm.norm(y))) / math.sqrt(1 + 1e-5)  # batch norm as it starts
+    y = y + on_the_map(lcm.second, z)
+    assert torch.allclose(block(x, (4, 5)), y + block.mlp(block.norm2(y)), atol=1e-10)
+
+
+def test_blocks_of_windows_and_of_the_whole_map_take_turns():
+    model = Network([8, 16], [2, 2], [1, 2], window=2, classes=10).eval()
+    local, whole = model.stages[0].blocks
+    x = torch.randn(1, 64, 8, requires_grad=True)
+    for block, far in ((local, False), (whole, True)):
+        (slope,) = torch.autograd.grad(block(x, (8, 8))[0, 0].square().sum(), x)
+        assert bool(slope[0, 63].any()) is far
+    with torch.no_grad():
+        assert model(torch.randn(2, 3, 32, 48)).shape == (2, 10)
+
+
+def test_sizes_are_those_of_the_authors_table():
+    for preset, millions in (("tiny", 29), ("small", 50), ("base", 89)):
+        with torch.device("meta"):
+            model = crosslight.create("l2vit", preset=preset)
+        assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions

@@ -201,6 +201,10 @@ def test_the_base_network_has_the_size_of_its_parts():
     skim = 4 * 1024 * width + 2 * width + 2 * (width * width + width)
     assert count == 30522 * width + 2 * width + 2 * width + skim + 12 * layer
     assert round(count / 1e6) == 99
+    with torch.device("meta"):
+        contextual = sum(p.numel() for p in Skimformer(**Skimformer.presets["base-contextual"]).parameters())
+    bert = 4 * (width * width + width) + 2 * 4 * width * width + 5 * width + 4 * width  # a layer over the layout
+    assert contextual == count + 2 * bert
 
 
 def test_bad_options_are_refused():

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from crosslight.attention import grouped
 from crosslight.attention.backbone import Block, Pyramid, initialise, to_map, to_tokens
-from crosslight.attention.base import AttentionLayer, Core, How
+from crosslight.attention.base import Core, How
 from crosslight.attention.grouped import Cut
+from crosslight.attention.local import LocalLayer
 from crosslight.cards import Card, Evidence
 from crosslight.engines import dense, masks
 from crosslight.engines.backend import forced
@@ -73,34 +74,16 @@ CARD = Card(
 )
 
 
-class BRALayer(AttentionLayer):
+class BRALayer(LocalLayer):
     """The layer around `BRA`, which adds the convolution of the values."""
 
     def __init__(self, core: BRA, dim: int, **own: Any) -> None:
-        super().__init__(core, dim, **own)
-        width = self.heads * self.head_dim
-        self.lce = nn.Conv2d(width, width, core.lce, padding=core.lce // 2, groups=width) if core.lce else None
+        super().__init__(core, dim, kernel=core.lce, name="lce", **own)
 
     def _extra(self, how: How) -> dict[str, Any]:
         # Of x itself, padding is known; that of a context says nothing of the queries.
         asking = None if how.cross else masks.split(how.mask)[1]
         return super()._extra(how) | {"asking": asking, "cross": how.cross}
-
-    def _local(self, v: Heads, how: How) -> Heads | float:
-        if self.lce is None or how.cross:
-            return 0.0
-        keep = masks.split(how.mask)[1]
-        v = v if keep is None else v.masked_fill(~keep[:, None, :, None], 0)
-        image = v.transpose(-1, -2).flatten(1, 2).unflatten(-1, grouped.plane(how.grid, v.shape[2]))
-        return self.lce(image).flatten(2).unflatten(1, (self.heads, -1)).transpose(-1, -2)
-
-    def _forward(self, x, context, how):
-        q, k, v = self._heads(x, context, how)
-        return self._merge(self.core(q, k, v, mask=how.mask, **self._extra(how)) + self._local(v, how), x)
-
-    def _read(self, weights, x, context, how):
-        v = dense.repeat_heads(self._values(context), self.heads)
-        return self._merge(self.core.read(weights, v) + self._local(v, how), x)
 
 
 @register(CARD)

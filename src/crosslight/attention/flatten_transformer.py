@@ -13,22 +13,29 @@ values (5 x 5, one for all heads) adds what is near, of full rank. Time O(n d^2)
 With ``grid=(H, W)`` the convolution is that of the image; without it tokens are one row. The causal form is
 Crosslight's own: prefix sums, and the middle row of the kernel over the token itself and those before it.
 Cross-attention has no convolution, as the values stand at other places than the queries.
+
+`Network` is one of the paper's hosts, PVT, PVTv2, Swin or CSwin, with focused linear attention over the whole map in
+all stages, of the last two hosts in the first two of four. Its layers are those of the released models
+(`ReleasedLayer`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crosslight.attention.base import AttentionLayer, Core, How, LayerCache
+from crosslight.attention.vision_hosts import Design, Host, Stripes, Windows
 from crosslight.cards import Card, Evidence
 from crosslight.engines import linear, masks
 from crosslight.engines.dense import repeat_heads
 from crosslight.engines.linear import LinearState
+from crosslight.engines.positions import Grid
 from crosslight.errors import expect
 from crosslight.registry import register
 
@@ -36,6 +43,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
     Heads = Float[Tensor, "batch heads n dim"]
+    Stream = Float[Tensor, "batch n dim"]
 
 CARD = Card(
     id="flatten-transformer",
@@ -50,10 +58,12 @@ CARD = Card(
     cost="n",
     mask="keys",
     decode="state",
-    checked="the explicit n x n matrix, and the convolution written out cell by cell; length and rank of the features",
+    checked="the explicit n x n matrix, and the convolution written out cell by cell; length and rank of the features; "
+    "the parameter counts of the authors' code",
     differs="The released code focuses before it splits the heads, divides queries and keys by a learned scale, adds "
-    "a learned position to keys; the paper has none of these, nor has this. As in that code 1e-6 is added after "
-    "the ReLU. The paper is noncausal self-attention only; the causal and cross forms are ours.",
+    "a learned position to keys; the paper has none of these, nor has this layer: only the networks have. As in that "
+    "code 1e-6 is added after the ReLU. The paper is noncausal self-attention only; the causal and cross forms are "
+    "ours. Of its hosts DeiT, whose code is not released, is left out, and so is stochastic depth.",
     evidence=Evidence(
         claim="better than softmax attention on images at linear cost",
         task="digits",
@@ -133,6 +143,7 @@ class FLatten(Core):
 
     grouped = True
     layer = FLattenLayer
+    network: ClassVar[type[nn.Module]]
 
     def __init__(self, heads: int, head_dim: int, *, power: float = 3, kernel: int = 5) -> None:
         super().__init__(heads, head_dim)
@@ -152,7 +163,157 @@ class FLatten(Core):
         return linear.step(self.focus(q), self.focus(k), v, state, normalise=True)
 
     def focus(self, x: Heads) -> Heads:
-        """phi: the power is taken of a vector of length one, whose small channels may vanish but not overflow."""
-        x = x.relu() + EPS
-        length = x.norm(dim=-1, keepdim=True)
-        return F.normalize((x / length) ** self.power, dim=-1) * length
+        """phi."""
+        return sharpened(x.relu() + EPS, self.power)
+
+
+def sharpened(x: Tensor, power: float) -> Tensor:
+    """f_p: the power is taken of a vector of length one, whose small channels may vanish but not overflow."""
+    length = x.norm(dim=-1, keepdim=True)
+    return F.normalize((x / length) ** power, dim=-1) * length
+
+
+class Focused(FLatten):
+    """The released core: of features as they come, with a mean that is at least `EPS`. Noncausal."""
+
+    def forward(self, q, k, v, *, mask=None, causal=False):
+        return linear.attend(*self._divided(q, k, mask, causal), v)
+
+    def weights(self, q, k, *, mask=None, causal=False):
+        return linear.weights(*self._divided(q, k, mask, causal))
+
+    def _divided(self, q: Heads, k: Heads, mask: masks.Mask | None, causal: bool) -> tuple[Heads, Heads]:
+        """Queries over their sum of products with all keys, to which `EPS` a key is added."""
+        expect(not causal, "causal", causal, "False: the layers of the networks are noncausal")
+        keep = masks.split(mask)[1]
+        held = k.new_ones(1, k.shape[2]) if keep is None else keep.to(k.dtype)
+        k = k * held[:, None, :, None]
+        total = (q * k.sum(2, keepdim=True)).sum(-1, keepdim=True)
+        return q / (total + EPS * held.sum(1).view(-1, 1, 1, 1)), k
+
+
+class ReleasedLayer(FLattenLayer):
+    """The layer of the released models: focuses all heads at once, after a learned scale; keys have positions.
+
+    Args:
+        places: number of tokens, each with a learned position.
+        near: a second convolution of the values, 3 x 3 and of every channel by itself, as in CSwin.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, places: int, *, power: float = 3, kernel: int = 5, near: bool = False
+    ) -> None:
+        super().__init__(Focused(heads, dim // heads, power=power, kernel=kernel), dim)
+        self.power, self.near = power, nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if near else None
+        self.scale, self.places = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(places, dim))
+
+    def _features(self, x: Stream) -> Heads:
+        return self._split(sharpened((x.relu() + EPS) / F.softplus(self.scale), self.power), self.heads)
+
+    def _queries(self, x):
+        return self._features(self.q(x))
+
+    def _keys(self, context):
+        return self._features(self.k(context) + self.places)
+
+    def _local(self, v, how):
+        y = super()._local(v, how)
+        if self.near is None:
+            return y
+        image = v.mT.flatten(1, 2).unflatten(2, how.grid or (1, -1))
+        return y + self.near(image).flatten(2).unflatten(1, (self.heads, -1)).mT
+
+
+_PVT: dict[str, Any] = {"heads": [1, 2, 5, 8], "mlp_ratios": [8, 8, 4, 4]}
+_PVTV2: dict[str, Any] = {**_PVT, "design": "pvtv2"}
+_SWIN: dict[str, Any] = {"design": "swin", "linear": 2, "mlp_ratios": [4, 4, 4, 4]}
+_CSWIN: dict[str, Any] = {**_SWIN, "design": "cswin", "heads": [2, 4, 8, 16]}
+_WIDE, _THIN = [64, 128, 320, 512], [96, 192, 384, 768]
+
+
+class Network(Host):
+    """Images (batch, channels, image, image) -> logits.
+
+    Args:
+        linear: stages, from the first on, of focused linear attention; the others attend by softmax in windows, which
+            are shifted in every other block, as Swin does, or as CSwin does in stripes.
+        window: side of these windows, width of these stripes.
+        power, kernel: as for `FLatten`.
+        design, dims, depths, heads, mlp_ratios, image, channels, classes: those of the host.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "pvt_tiny": {**_PVT, "dims": _WIDE, "depths": [2, 2, 2, 2]},
+        "pvt_small": {**_PVT, "dims": _WIDE, "depths": [3, 4, 6, 3]},
+        "pvt_medium": {**_PVT, "dims": _WIDE, "depths": [3, 4, 18, 3]},
+        "pvt_large": {**_PVT, "dims": _WIDE, "depths": [3, 8, 27, 3]},
+        "pvtv2_b0": {**_PVTV2, "dims": [32, 64, 160, 256], "depths": [2, 2, 2, 2]},
+        "pvtv2_b1": {**_PVTV2, "dims": _WIDE, "depths": [2, 2, 2, 2]},
+        "pvtv2_b2": {**_PVTV2, "dims": _WIDE, "depths": [3, 4, 6, 3]},
+        "pvtv2_b3": {**_PVTV2, "dims": _WIDE, "depths": [3, 4, 18, 3]},
+        "pvtv2_b4": {**_PVTV2, "dims": _WIDE, "depths": [3, 8, 27, 3]},
+        "swin_tiny": {**_SWIN, "dims": _THIN, "depths": [2, 2, 6, 2], "heads": [3, 6, 12, 24]},
+        "swin_small": {**_SWIN, "dims": _THIN, "depths": [2, 2, 18, 2], "heads": [3, 6, 12, 24]},
+        "swin_base": {**_SWIN, "dims": [128, 256, 512, 1024], "depths": [2, 2, 18, 2], "heads": [4, 8, 16, 32]},
+        "cswin_tiny": {**_CSWIN, "dims": [64, 128, 256, 512], "depths": [2, 4, 18, 1]},
+        "cswin_small": {**_CSWIN, "dims": [64, 128, 256, 512], "depths": [2, 4, 32, 2]},
+        "cswin_base": {**_CSWIN, "dims": [96, 192, 384, 768], "depths": [3, 6, 29, 2], "heads": [4, 8, 16, 32]},
+    }
+    presets["swin_base_384"] = {**presets["swin_base"], "image": 384, "window": 12}
+    presets["cswin_base_384"] = {**presets["cswin_base"], "image": 384, "window": 12}
+    published: ClassVar[dict[str, int]] = {
+        "pvt_tiny": 12_150_504,
+        "pvt_small": 21_670_248,
+        "pvt_medium": 37_242_216,
+        "pvt_large": 50_649_192,
+        "pvtv2_b0": 3_594_824,
+        "pvtv2_b1": 12_931_240,
+        "pvtv2_b2": 22_548_264,
+        "pvtv2_b3": 38_273_832,
+        "pvtv2_b4": 51_836_968,
+        "swin_tiny": 29_192_384,
+        "swin_small": 50_510_288,
+        "swin_base": 88_972_488,
+        "swin_base_384": 91_433_928,
+        "cswin_tiny": 21_201_768,
+        "cswin_small": 35_451_752,
+        "cswin_base": 74_867_032,
+        "cswin_base_384": 78_369_112,
+    }
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (64, 128, 320, 512),
+        depths: Sequence[int] = (2, 2, 2, 2),
+        heads: Sequence[int] = (1, 2, 5, 8),
+        *,
+        design: Design = "pvt",
+        linear: int | None = None,
+        window: int = 7,
+        power: float = 3,
+        kernel: int = 5,
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        image: int = 224,
+        channels: int = 3,
+        classes: int = 1000,
+    ) -> None:
+        linear = len(dims) if linear is None else linear
+        expect(0 <= linear <= len(dims), "linear", linear, f"0 to {len(dims)} stages")
+
+        def attend(stage: int, number: int, dim: int, heads: int, grid: Grid) -> nn.Module:
+            if stage < linear:
+                places = grid[0] * grid[1]
+                return ReleasedLayer(dim, heads, places, power=power, kernel=kernel, near=design == "cswin")
+            side = min(window, grid[0])
+            if design == "cswin":
+                return Stripes(dim, heads, grid, stripe=side)
+            return Windows(dim, heads, grid, window=side, shift=side // 2 if number % 2 and side < grid[0] else 0)
+
+        super().__init__(
+            design, attend, dims, depths, heads, mlp_ratios, image=image, channels=channels, classes=classes
+        )
+        # The released PVT has a norm that it does not apply. It is here for the sake of its weights and its size.
+        self.unused = nn.LayerNorm(dims[-1], eps=1e-6) if design == "pvt" else None
+
+
+FLatten.network = Network

@@ -59,7 +59,8 @@ CARD = Card(
     differs="By default channels are mixed token by token with shared weights, not with weights for one length "
     "(`tokens=`), so that any length and decoding work. Of ViM2 there are the four scans; the convolution before each "
     "is that of Mamba over the scan, not one over the image. The norm before the channel mixer is ours. The later "
-    "quasi-separable revision is not here, and no backbone sizes: the paper's code is not public.",
+    "quasi-separable revision is not here. Nor is ViM2 with its 20, 43 and 74 million parameters: there is no public "
+    "code, and the paper's table of its stages says neither what its channel mixers project nor how maps are halved.",
     evidence=Evidence(
         claim="a byte language model of selective token and channel mixers is no worse than one of attention",
         task="language",

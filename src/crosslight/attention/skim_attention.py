@@ -65,10 +65,11 @@ CARD = Card(
     cost="n^2",
     decode="kv",
     checked="torch.nn.MultiheadAttention on layout embeddings and text with the same weights; transformers' LayoutLM "
-    "embeddings of boxes; the network against transformers' BERT layers given the same matrix",
+    "embeddings of boxes; the network against transformers' BERT layers given the same matrix; its size that of the "
+    "authors' code",
     differs="The paper is noncausal; causal calls add the causal mask. Boxes that are not given are cells of a page, "
     "which the paper does not have. Dropout is left out. In the network a window applies in every layer, without the "
-    "global tokens that Longformer adds.",
+    "global tokens that Longformer adds and their weights; its pooler is left out.",
     evidence=Evidence(
         claim="with pixels as boxes, attention by place alone reads digits as well as attention by content and place",
         task="digits",
@@ -205,6 +206,7 @@ class Skimformer(nn.Module):
         "base-contextual": {"layout_layers": 2},
         "base-long": {"window": 512},
     }
+    published: ClassVar[dict[str, int]] = {"base": 98_652_672, "base-contextual": 112_828_416}
 
     def __init__(
         self,

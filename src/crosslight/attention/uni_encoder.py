@@ -34,7 +34,7 @@ from crosslight.cards import Card, Evidence
 from crosslight.engines import masks
 from crosslight.engines.cache import KVCache
 from crosslight.engines.masks import Mask
-from crosslight.engines.positions import Rotary, _turn
+from crosslight.engines.positions import Rotary
 from crosslight.errors import expect
 from crosslight.registry import register
 
@@ -122,15 +122,8 @@ class Restarting(Rotary):
         super().__init__(dim, base)
         self.context, self.candidate = context, candidate
 
-    def positions(self, token: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
-        """The position of each token, also the index of a learned position."""
+    def positions(self, token):
         return torch.where(token < self.context, token, self.context + (token - self.context) % self.candidate)
-
-    def rotate(self, x, *, offset=0, grid=None):
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        rate = self.base ** (-torch.arange(0, self.dim, 2, device=x.device, dtype=dtype) / self.dim)
-        token = torch.arange(offset, offset + x.shape[2], device=x.device)
-        return _turn(x, self.positions(token).to(dtype)[:, None] * rate)
 
 
 class UniEncoderLayer(AttentionLayer):

@@ -53,11 +53,16 @@ class Rotary(Rotation):
         expect(dim % 2 == 0, "Rotary(dim)", dim, "an even head width")
         self.dim, self.base = dim, base
 
+    def positions(self, token: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
+        """The position of each token: its number, unless a subclass counts otherwise."""
+        return token
+
     def rotate(self, x, *, offset=0, grid=None):
         # In at least float32: angles of far positions do not survive half precision.
         dtype = torch.promote_types(x.dtype, torch.float32)
         rate = self.base ** (-torch.arange(0, self.dim, 2, device=x.device, dtype=dtype) / self.dim)
-        return _turn(x, torch.arange(offset, offset + x.shape[2], device=x.device, dtype=dtype)[:, None] * rate)
+        token = torch.arange(offset, offset + x.shape[2], device=x.device)
+        return _turn(x, self.positions(token).to(dtype)[:, None] * rate)
 
 
 class Rotary2d(Rotation):
