@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from crosslight import registry
+from crosslight import registry, tasks
 from crosslight.bench.baselines import BASELINES, Layer
 from crosslight.cards import PATTERNS, Card
 from crosslight.engines import masks
@@ -170,10 +170,26 @@ def _run(forward: Callable[[], Any], wanted: list[Tensor], backward: bool) -> Ca
     return both
 
 
-def roomy(id: str, n: int) -> Entrant:
-    """A row with room for ``n`` tokens, where its default has a learned place a token or a segment of 128."""
+#: What rows need whose defaults do not fit 512 channels and 8 heads.
+_FITTING: dict[str, dict[str, Any]] = {"kmax-deeplab": {"heads": 1}, "get-event-transformer": {"groups": 8}}
+
+
+def fitting(id: str, n: int) -> Entrant:
+    """A row at the width of the project's figures, with room for ``n`` tokens where its default has a learned place
+    a token or a segment of 128."""
     known = registry.options(registry.factory(id)[0])
-    return Entrant(id, {name: size for name, size in (("max_length", n), ("segments", -(-n // 128))) if name in known})
+    room = {name: size for name, size in (("max_length", n), ("segments", -(-n // 128))) if name in known}
+    return Entrant(id, {**room, **_FITTING.get(id, {})})
+
+
+def home(card: Card) -> str:
+    """The pattern in which a row is measured: cross where its queries are learned, else that of its evidence's task,
+    else the first of causal-self, noncausal-self and the cross ones."""
+    if getattr(registry.factory(card.id)[0], "learned_queries", False):
+        return "noncausal-cross"
+    shown = tasks.find(card.evidence.task.partition(",")[0]).pattern if card.evidence else None
+    order = ("causal-self", "noncausal-self", "noncausal-cross", "causal-cross")
+    return shown if shown in card.patterns else next(p for p in order if p in card.patterns)
 
 
 def built(entrant: Entrant, setting: Setting, **sizes: Any) -> nn.Module:

@@ -15,7 +15,7 @@ import torch
 
 from crosslight import registry
 from crosslight.bench import marked, memory, timing
-from crosslight.bench.calls import Call, Prepared, Setting, Unsupported, roomy
+from crosslight.bench.calls import Call, Prepared, Setting, Unsupported, fitting
 from crosslight.bench.curves import growth
 from crosslight.bench.machine import machine
 from crosslight.cards import Card
@@ -166,9 +166,8 @@ def extra_memory(bench: _Bench) -> Iterator[Figure]:
 
 
 def _extra_memory(bench: _Bench, card: Card, n: int) -> Iterator[Figure]:
-    wanted = ("causal-self", "noncausal-self", "noncausal-cross", "causal-cross")
-    pattern = next(p for p in wanted if p in card.patterns)
-    entrant = roomy(card.id, n)
+    pattern = home(card)
+    entrant = fitting(card.id, n)
     for backward in (False, True):
         setting: dict[str, Any] = {"pattern": pattern, "backward": backward}
         name = f"extra memory of {card.id} at {n:,}, {pattern}, {_passes(backward)}"

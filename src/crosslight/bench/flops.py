@@ -36,15 +36,15 @@ def _fourier(real: bool) -> Callable[..., int]:
     return flops
 
 
-#: What is added to PyTorch's formulas; each takes the shapes of an operator's arguments.
-FORMULAS: dict[Any, Callable[..., int]] = {
+_OWN: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     _aten._fft_c2c: _fourier(real=False),
     _aten._fft_r2c: _fourier(real=True),
     _aten._fft_c2r: _fourier(real=True),
 }
-_ALL = {**flop_registry, **{operator: shape_wrapper(formula) for operator, formula in FORMULAS.items()}}
+#: PyTorch's formulas and those above, by operator; each takes the operator's arguments and ``out_val``.
+FORMULAS = {**flop_registry, **{operator: shape_wrapper(formula) for operator, formula in _OWN.items()}}
 
 
 class _Counter(TorchDispatchMode):
@@ -53,7 +53,7 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = _ALL.get(getattr(func, "_overloadpacket", None))
+        formula = FORMULAS.get(getattr(func, "_overloadpacket", None))
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=out)
         return out

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from crosslight import registry, tasks
+from crosslight import registry
 from crosslight.attention.base import AttentionLayer, Core, How, LayerCache, Mechanism
 from crosslight.bench import marked, memory, timing
 from crosslight.bench.baselines import BASELINES
-from crosslight.bench.calls import Call, Prepared, Setting, built, roomy
+from crosslight.bench.calls import Call, Prepared, Setting, built, fitting, home
 from crosslight.bench.curves import efficiency_length, growth
 from crosslight.bench.machine import machine
 from crosslight.cards import Card
@@ -160,7 +160,7 @@ class Table:
             expect(id in cards, "id", repr(id), "a row of kind token")
         found: dict[str, list[Card]] = {}
         for card in cards.values():
-            pattern = pattern_of(card)
+            pattern = home(card)
             known = self.rows.get((card.id, pattern))
             if card.id in ids or (not ids and (known is None or known.source != source_of(card.id))):
                 found.setdefault(pattern, []).append(card)
@@ -213,7 +213,7 @@ class Table:
 
     def _call(self, entrant: Entrant, pattern: str, n: int) -> Call:
         setting = Setting(**{**self.setting.as_dict(), "pattern": pattern})
-        return Prepared(entrant if entrant.id in BASELINES else roomy(entrant.id, n), setting).call(n)
+        return Prepared(entrant if entrant.id in BASELINES else fitting(entrant.id, n), setting).call(n)
 
     def _timed(self, entrant: Entrant, pattern: str, call: Call, first: float, peak: int, n: int) -> Point:
         beside = {
@@ -258,7 +258,7 @@ class Table:
         return statistics.median(taken[8:])  # the first one may enlarge the cache
 
     def _layer(self, id: str) -> Mechanism:
-        layer = built(roomy(id, 2 * self.decoded), self.setting, dim=self.setting.dim, heads=self.setting.heads)
+        layer = built(fitting(id, 2 * self.decoded), self.setting, dim=self.setting.dim, heads=self.setting.heads)
         assert isinstance(layer, Mechanism)
         return layer.eval()
 
@@ -286,12 +286,6 @@ class Table:
             "setting": self.setting.as_dict(),
             "rows": [row.as_dict() for row in rows if row.id in BASELINES or row.id in order],
         }
-
-
-def pattern_of(card: Card) -> str:
-    """The pattern that a row is measured in: that of the task of its evidence, or else the first of `PATTERNS`."""
-    shown = tasks.find(card.evidence.task.partition(",")[0]).pattern if card.evidence else None
-    return shown if shown in card.patterns else next(p for p in PATTERNS if p in card.patterns)
 
 
 def source_of(id: str) -> str:
@@ -333,7 +327,7 @@ def section(record: Mapping[str, Any]) -> str:
         "",
         f"Taken on {about['date']} with `{command}` on {about['processor']}, {about['threads']} threads, torch "
         f"{about['torch']}: the whole layer, width 512, 8 heads, batch 1, {record['setting']['dtype']}. Each row in "
-        "the pattern of the task of its evidence.",
+        "the pattern of the task of its evidence; one that learns its queries in noncausal-cross.",
         "",
         "Time is forward + backward, and beside it the multiple of the time of `nn.Linear` + SDPA in the same pattern, "
         "in the same rounds (at 65,536 against a single call). `n^` is the growth exponent from 4,096 on. "

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import crosslight
 from crosslight import registry, tasks
-from crosslight.bench import flops
-from crosslight.comparison import maps, measure
+from crosslight.bench import flops, memory
+from crosslight.comparison import maps
 from crosslight.errors import expect, require
 from crosslight.tasks import Entrant, Size, Task
 
@@ -244,7 +244,7 @@ def _cost(task: Task, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, A
         copied.zero_grad()
         task.loss(copied, batch).backward()
 
-    devices = sorted({t.device.index for t in batch.values() if t.device.type == "cuda"})
-    with torch.random.fork_rng(devices):
+    device = next(iter(batch.values())).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         step()  # what is made once (tables, compiled code) is no cost of a step
-        return {"flops": flops.count(step), "memory": measure.peak_memory(step)}
+        return {"flops": flops.count(step), "memory": memory.peak_of_tensors(step, device)}

@@ -10,11 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from crosslight.bench.flops import FORMULAS
-
-_PRODUCTS = {**flop_registry, **{operator: shape_wrapper(formula) for operator, formula in FORMULAS.items()}}
 
 #: Work in proportion to the elements read, besides the operators that torch tags as pointwise or reduction.
 _LINEAR = {"_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "logsumexp", "cummax", "native_layer_norm"}
@@ -52,8 +49,8 @@ def _held(t: Any) -> int:
 
 def _work(func, args, kwargs, out) -> int:
     packet = func._overloadpacket
-    if packet in _PRODUCTS:
-        return _PRODUCTS[packet](*args, **kwargs, out_val=out)
+    if packet in FORMULAS:
+        return FORMULAS[packet](*args, **kwargs, out_val=out)
     name = packet.__name__
     read = max((t.numel() for t in tree_leaves((args, out)) if isinstance(t, Tensor)), default=0)
     if name in _SORTING:
