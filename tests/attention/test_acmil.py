@@ -124,10 +124,19 @@ def test_one_branch_is_trained_on_the_bag_alone(bag):
     assert torch.equal(model.loss(output, target), F.cross_entropy(output[0], target))
 
 
-def test_preset_builds_a_network():
-    model = crosslight.create("acmil", preset="medical_ssl", heads=5)
-    reduce, gates = 384 * 128, 2 * (128 * 128 + 128)
-    assert sum(p.numel() for p in model.parameters()) == reduce + gates + 5 * 128 + 6 * (2 * 128 + 2)
+@pytest.mark.parametrize(
+    ("preset", "features", "dim"),
+    [
+        ("medical_ssl", 384, 128),
+        ("natural_supervised", 512, 256),
+        ("path_clip_b", 512, 256),
+        ("path_clip_l_336", 768, 384),
+    ],
+)
+def test_preset_builds_a_network(preset, features, dim):
+    model = crosslight.create("acmil", preset=preset, heads=5)
+    reduce, gates = features * dim, 2 * (dim * 128 + 128)
+    assert sum(p.numel() for p in model.parameters()) == reduce + gates + 5 * 128 + 6 * (2 * dim + 2)
 
 
 def test_bad_options_are_named():

@@ -56,13 +56,12 @@ CARD = Card(
     differs="Image tokens are causal among themselves, as in the base mask; bidirectional=True lifts that. `step` "
     "takes image and prompt at its first call.",
     evidence=Evidence(
-        claim="the upper half of an image that also reads the lower half does no worse than a causal mask alone",
-        task="digits",
+        claim="questions about an image are answered better when image tokens read the question than under a causal "
+        "mask",
+        task="image-question",
         metric="accuracy",
-        margin=0.0,
-        baseline="aki-mma",
-        options={"images": 32},
-        baseline_options={"images": 0},
+        margin=0.02,
+        options={"images": 4},
     ),
 )
 

@@ -7,6 +7,11 @@ mechanism of any core; a paper that changes the projections, the heads or what s
 Both show the matrix they stand for. ``weights`` gives it and ``read`` applies a matrix in its place, so that
 ``attn.read(attn.weights(x), x)`` equals ``attn(x)``: the conformance suite holds the fast path to that, and steering
 is ``attn.read(changed, x)``.
+
+A layer by itself is the rule. A row that shares something between the layers of a model has a ``stack``, which makes
+them together: a classmethod ``stack(depth, **options)``, or ``stack(depth)`` of a first layer. Where what they share is
+computed from a stream, a layer that ``leads`` gives it by ``share(x)``, and the caller hands it as ``context`` to that
+layer and to those after it.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from crosslight.attention.base import AttentionLayer, head_width
 from crosslight.attention.softmax import Softmax
-from crosslight.cards import Card
+from crosslight.cards import Card, Evidence
 from crosslight.errors import expect
 from crosslight.registry import register
 
@@ -55,8 +55,16 @@ CARD = Card(
     checked="any stack of plain layers with S = L and the identity as coefficients; the parameter count; the "
     "discarded singular values",
     differs="The initial scale of atoms and coefficients is ours: W_l starts with the variance of a plain layer. The "
-    "data-aware correction of converted layers is not here. No evidence yet: the trunks of the tasks create each "
-    "layer by itself, so that nothing is shared in them.",
+    "data-aware correction of converted layers is not here.",
+    evidence=Evidence(
+        claim="A byte language model of six layers with two matrices a projection, a third of the attention's "
+        "parameters, loses little",
+        task="language-stack",
+        metric="bits_per_byte",
+        margin=-0.05,
+        options={"atoms": 2},
+        budget={"steps": 400},
+    ),
 )
 
 
