@@ -63,6 +63,7 @@ CARD = Card(
         metric="bits_per_byte",
         margin=-0.05,
         baseline="mqa",
+        budget={"steps": 400},
     ),
 )
 
