@@ -43,6 +43,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     sample_files(tmp_path)
     module = types.ModuleType("docs_page")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # torch.compile looks a function's module up
+    registry.load_all()  # a module registers once, when it is first imported: not into the copy
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))  # a page's own card stays on the page
     for code in blocks(page, "python"):
         exec(compile(code, str(page), "exec"), module.__dict__)

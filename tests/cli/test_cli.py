@@ -11,6 +11,7 @@ import crosslight
 from crosslight import cli, registry
 from crosslight.cli import checkout
 from crosslight.cli.index import write
+from crosslight.cli.show import address
 from crosslight.errors import CrosslightError
 
 
@@ -74,6 +75,26 @@ def test_find_holds_every_word(run):
     assert run("find", "unheardof")[0] == 1
 
 
+def test_find_says_which_word_is_too_much(run):
+    code, out, _ = run("find", "softmax", "unheardof")
+    assert code == 1
+    count = len(json.loads(run("find", "softmax", "--json")[1]))
+    assert f"'softmax' {count}, 'unheardof' 0" in out
+    assert json.loads(run("find", "unheardof", "--json")[1]) == []
+
+
+def test_list_by_what_decoding_carries(run):
+    cards = json.loads(run("list", "--decode", "state", "--pattern", "causal-self", "--json")[1])
+    assert "lightning-attention" in {c["id"] for c in cards}
+    assert {c["decode"] for c in cards} == {"state"}
+
+
+def test_only_references_become_links():
+    assert address("unpublished") == "unpublished"
+    assert address("2409.04431").endswith("arxiv.org/abs/2409.04431")
+    assert address("cs/0101001").endswith("arxiv.org/abs/cs/0101001")
+
+
 def test_show_has_equations_options_and_evidence(run):
     out = run("show", "sigmoid-attention")[1]
     for part in ("sigmoid(q_i . k_j", "arxiv.org/abs/2409.04431", "score_bias=None", "claim", "unverified"):
@@ -101,6 +122,8 @@ def test_near_names(run):
         (("list", "--kind", "tokens"), "kind: got 'tokens'"),
         (("list", "--pattern", "self"), "pattern: got 'self'"),
         (("list", "--cost", "n^9"), "cost: got 'n^9'"),
+        (("list", "--group", "linear-kernel"), "group: got 'linear-kernel', expected one of"),
+        (("find", "softmax", "--decode", "keys"), "decode: got 'keys', expected one of kv"),
         (("bench", "softmax", "--lengths", "4x"), "--lengths: got '4x'"),
         (("bench", "softmax", "--mask", "open"), "mask: got 'open'"),
         (("bench", "softmax", "--heads", "3", "--dim", "16"), "dim: got 16"),

@@ -33,6 +33,19 @@ def test_leaderboards_an_index_notes_and_a_report(first):
     assert len((folder / "crosslight-runs" / "trials.jsonl").read_text().splitlines()) == 6
 
 
+def test_a_table_says_how_it_was_read(tmp_path):
+    rows = "".join(f"{i % 7};{i % 2};row {i}\n" for i in range(60))
+    (tmp_path / "own.csv").write_text("a;b;name\n" + rows)
+    done = crosslight(
+        "compare", "--table", "own.csv", "--target", "b", "--with", "softmax", "--steps", "1", "--seeds", "1",
+        "--workers", "1", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "'b' of own.csv from the 1 other column of its row" in done.stdout
+    assert "'name' is left out (text with 60 different values)" in done.stdout
+    assert "of own.csv from" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

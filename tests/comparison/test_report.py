@@ -123,6 +123,15 @@ def test_lower_is_better_is_ranked_so(page):
     assert 'aria-sort="ascending"' in board
 
 
+def test_a_task_says_what_it_is(run):
+    frame = report._frame(run[0])
+    frame["task"] = frame.task.replace({"digits": "table-forecast"})
+    page = report.render(frame)
+    assert "Forecast column target of file" in page, "the markup of docstrings is not for readers"
+    frame.attrs["about"] = {"table-forecast": "'OT' of <ett>.csv"}
+    assert "of &lt;ett&gt;.csv" in report.render(frame)
+
+
 def test_what_trials_say_is_escaped(page):
     assert "the loss is &lt;nan&gt;" in page
     assert page.count("<script") == 2, "a token named <script> opened one"

@@ -131,8 +131,26 @@ def test_options_and_half_precision():
     first = seen.sites[0].name
     assert (seen[first].amax(-1) >= plain[first].amax(-1) - 1e-2).all()  # colder rows are sharper
     assert not torch.allclose(seen[first], plain[first])
-    with pytest.raises(CrosslightError, match="options of 'tempered'"):
+    with pytest.raises(CrosslightError, match="options of 'tempered': got warmth, expected some of start"):
         crosslight.swap(model, "tempered", warmth=1)
+
+
+@torch.no_grad()
+def test_what_a_row_has_around_its_core():
+    """Its layer's biases are the host's matter; what else the layer does is missed; single keys need projections."""
+    model, inputs = models.make("bert")
+    with pytest.warns(UserWarning, match="lightning-attention comes without the layer.*norm and gate"):
+        handle = crosslight.swap(model, "lightning-attention")
+    models.run(model, inputs)
+    handle.restore()
+    with pytest.raises(CrosslightError, match="mqa is a whole layer with projections of its own"):
+        crosslight.swap(model, "mqa")
+    with pytest.raises(CrosslightError, match=r"where: got \['\*0\*'\], expected a glob on module paths or a function"):
+        crosslight.swap(model, "softmax", where=["*0*"])
+    model, inputs = models.make("timm_vit")
+    with crosslight.swap(model, "mqa") as handle:
+        models.run(model, inputs)
+    assert handle.sites
 
 
 @torch.no_grad()

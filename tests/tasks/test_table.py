@@ -7,7 +7,7 @@ import torch
 
 from crosslight import tasks
 from crosslight.errors import CrosslightError
-from crosslight.tasks import Entrant, Size
+from crosslight.tasks import Entrant, Size, table
 from crosslight.tasks.table import choose
 
 
@@ -56,7 +56,7 @@ def test_forecast_reads_dates_in_order_and_the_target_first(ett):
     table = task.table()
     assert torch.equal(table[:, 0], torch.arange(300.0))
     assert table.shape == (300, 2)
-    assert task.steps_of_time()[0].startswith("2016-07-01")
+    assert task.steps_of_time()[0].startswith("07-01")
     batch = next(task.batches(0, 4))
     assert batch["history"].shape == (4, 24, 2)
     assert batch["future"].shape == (4, 6)
@@ -130,6 +130,70 @@ def test_tables_that_do_not_serve(ett, rows, tmp_path):
         choose(str(ett), "OT", "guess")
 
 
+def test_missing_values_are_filled_except_in_the_target(ett, rows, tmp_path):
+    frame = pd.read_csv(ett).sort_values("date")
+    frame.loc[frame.index[[0, 1, 7]], "HUFL"] = np.nan
+    frame.loc[frame.index[9], "HUFL"] = np.inf
+    frame["date of purchase"] = [f"in week {i}" for i in range(len(frame))]
+    frame["nothing"] = np.nan
+    holes = tmp_path / "holes.csv"
+    frame.to_csv(holes, index=False)
+    with pytest.raises(CrosslightError, match="table: got 4 missing, NaN or infinite values in column 'HUFL'"):
+        tasks.get("table-forecast", file=str(holes), target="OT", history=24, horizon=6)
+    task = tasks.get("table-forecast", file=str(holes), target="OT", history=24, horizon=6, fill=True)
+    assert task.table().shape == (300, 2)
+    assert task.table()[7, 1] == task.table()[6, 1]
+    assert task.table()[9, 1] == task.table()[8, 1]
+    torch.testing.assert_close(
+        task.table()[:2, 1], torch.tensor(frame.HUFL[:240].mask(np.isinf).mean()).expand(2).float()
+    )
+    assert "4 missing values are filled" in task.about
+    assert "'nothing' is left out (empty)" in task.about
+    try_out(task)
+
+    draw = np.random.default_rng(1)
+    frame = pd.read_parquet(rows)
+    for column in ("size", "colour", "day", "grade"):
+        frame[column] = frame[column].mask(draw.random(200) < 0.1)
+    frame["name"] = [f"person {i}" for i in range(200)]
+    holes = tmp_path / "rows.csv"
+    frame.to_csv(holes, index=False)
+    with pytest.raises(CrosslightError, match=r"values in column 'size', expected none \(`--fill`"):
+        tasks.get("table-classify", file=str(holes), target="kind")
+    task = tasks.get("table-classify", file=str(holes), target="kind", fill=True)
+    assert task.columns == ["size", "colour", "day", "grade"]
+    assert "'name' is left out (text with 200 different values)" in task.about
+    assert torch.isfinite(task.x).all()
+    assert task.sizes[1] == 4, "a missing colour is a colour of its own"
+    assert abs(task.x[task.test :, 0].mean()) < 1e-5
+    try_out(task)
+
+
+def test_separators_of_spreadsheets(tmp_path):
+    for name, text in {
+        "semicolons": "a;b\n" + "1.5;2\n" * 60,
+        "commas": "a;b\n" + "1,5;2\n" * 60,
+        "tabs": "a\tb\n" + "1.5\t2\n" * 60,
+    }.items():
+        frame = table.read(write(tmp_path / f"{name}.csv", text))
+        assert frame.iloc[0].tolist() == [1.5, 2], name
+        assert list(frame.columns) == ["a", "b"]
+
+
+def test_days_before_months(tmp_path):
+    days = pd.date_range("2016-07-01", periods=200)
+    file = write(tmp_path / "de.csv", "date,OT\n" + "".join(f"{d:%d.%m.%Y},{i}\n" for i, d in enumerate(days)))
+    assert table.read(file).date.tolist() == days.tolist()
+    task = tasks.get("table-forecast", file=file, target="OT")
+    assert torch.equal(task.table()[:, 0], torch.arange(200.0))
+
+
+def test_times_are_short(ett, rows):
+    assert tasks.get("table-forecast", file=str(ett), target="OT").steps_of_time()[1] == "07-01 01:00"
+    days = tasks.get("table-forecast", file=str(rows), target="size").steps_of_time()
+    assert days[1] == "2024-01-02"
+
+
 def test_text(tmp_path):
     file = write(tmp_path / "own.txt", "to be or not to be, " * 300)
     task = tasks.get("text", file=file, length=32)
@@ -138,5 +202,7 @@ def test_text(tmp_path):
     try_out(task)
     with pytest.raises(CrosslightError, match="text: got .*nothing.txt, expected a file that can be read"):
         tasks.get("text", file=str(tmp_path / "nothing.txt"))
+    with pytest.raises(CrosslightError, match="text: got .* of 0 bytes, expected at least"):
+        tasks.get("text", file=write(tmp_path / "zero.txt", ""))
     with pytest.raises(CrosslightError, match="text: got .* of 2 bytes, expected at least"):
         tasks.get("text", file=write(tmp_path / "short.txt", "ab"))

@@ -92,14 +92,16 @@ def inside(size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]
 
 def take(x: Heads, tokens: Int[Tensor, "groups cells"]) -> Float[Tensor, "batch heads groups cells dim"]:
     """The listed tokens; empty places hold the first token."""
-    return x.index_select(2, tokens.clamp(min=0).flatten()).unflatten(2, tokens.shape)
+    # Heads are cut out of a stream, whose tokens lie in one piece: so they are copied, and `attend` need not again.
+    listed = x.transpose(1, 2).index_select(1, tokens.clamp(min=0).flatten())
+    return listed.unflatten(1, tokens.shape).permute(0, 3, 1, 2, 4)
 
 
 def put_back(y: Float[Tensor, "batch heads groups cells dim"], tokens: Int[Tensor, "groups cells"], n: int) -> Heads:
     """The inverse of `take`, where each of the n tokens is listed once."""
     place = tokens.new_empty(n + 1)
     place[tokens.flatten()] = torch.arange(tokens.numel(), device=tokens.device)  # empty places go to the last one
-    return y.flatten(2, 3).index_select(2, place[:n])
+    return y.flatten(2, 3).transpose(1, 2).index_select(1, place[:n]).transpose(1, 2)
 
 
 def visible(

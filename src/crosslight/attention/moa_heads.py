@@ -68,9 +68,10 @@ CARD = Card(
 
 @dataclass(frozen=True)
 class Tiles:
-    """Pairs in tiles of ``size`` rows: row of each pair, and expert of each tile."""
+    """Pairs in tiles of ``size`` rows: row of each pair, pair of each row (0 if empty), expert of each tile."""
 
     row: Int[Tensor, "pairs"]
+    pair: Int[Tensor, "rows"]
     expert: Int[Tensor, "tiles"]
     size: int
 
@@ -88,21 +89,22 @@ class Tiles:
         start = (end - tiles) * size - (held.cumsum(0) - held)
         place = start[expert[order]] + torch.arange(pairs, device=device)
         of_tile = torch.searchsorted(end, torch.arange(count, device=device), right=True).clamp(max=experts - 1)
-        return cls(torch.empty_like(order).scatter(0, order, place), of_tile, size)
+        row = torch.empty_like(order).scatter(0, order, place)
+        return cls(row, order.new_zeros(count * size).scatter(0, place, order), of_tile, size)
 
 
 class Experts(nn.Module):
-    """A matrix for each expert: x of a pair times the weight of the pair's expert."""
+    """A matrix for each expert: x of a pair times the weight of the pair's expert. ``shared`` pairs have one row."""
 
     def __init__(self, experts: int, width: int, out: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, width, out).uniform_(-1, 1) / math.sqrt(width))
 
-    def forward(self, x: Float[Tensor, "pairs width"], route: Route) -> Float[Tensor, "pairs out"]:
+    def forward(self, x: Float[Tensor, "rows width"], route: Route, shared: int = 1) -> Float[Tensor, "pairs out"]:
         if forced() == "reference":
-            return torch.einsum("pi,pio->po", x, self.weight[route.expert.flatten()])
+            return torch.einsum("pi,pio->po", x.repeat_interleave(shared, 0), self.weight[route.expert.flatten()])
         tiles = route.tiles
-        table = x.new_zeros(len(tiles.expert) * tiles.size, x.shape[1]).index_copy(0, tiles.row, x)
+        table = x.index_select(0, tiles.pair // shared)
         table = table.unflatten(0, (-1, tiles.size)) @ self.weight.index_select(0, tiles.expert)
         return table.flatten(0, 1).index_select(0, tiles.row)
 
@@ -180,8 +182,7 @@ class MixtureOfAttentionHeads(AttentionLayer):
 
     def _queries(self, x, route=None):
         route = self.route(x) if route is None else route
-        pairs = x.flatten(0, 1).repeat_interleave(self.heads, 0)
-        return self.q(pairs, route).unflatten(0, route.expert.shape).transpose(1, 2)
+        return self.q(x.flatten(0, 1), route, self.heads).unflatten(0, route.expert.shape).transpose(1, 2)
 
     def _merge(self, y, x, route=None):
         route = self.route(x) if route is None else route

@@ -108,6 +108,21 @@ def _table(device: str, ids: Sequence[str]) -> None:
     print(f"{len(rows.rows)} rows in {record.relative_to(root)}, tables in docs/performance.md")
 
 
+def _public(device: str, rows: Sequence[str]) -> None:
+    from crosslight.bench import public
+
+    root, taken = checkout.root(), []
+    with progress(counted=False) as shown:
+        bar = shown.add_task("")
+        for found in public.take(device, lambda name: shown.update(bar, description=name), rows=rows):
+            taken.append(found)
+            shown.console.print(found.line(), highlight=False, markup=False, soft_wrap=True)
+            if not rows:
+                _write(public.files(root, device, taken))
+    missed = [found.name for found in taken if not found.holds]
+    print(f"{len(taken) - len(missed)} of {len(taken)} at most as slow" + "".join(f"\n  not: {m}" for m in missed))
+
+
 def _write(files: Mapping[Path, str]) -> None:
     for path, text in files.items():
         path.parent.mkdir(exist_ok=True)
@@ -149,6 +164,10 @@ def bench(
             "--table", help="Measure all rows of kind token, or those given, for docs/performance.md; resumes."
         ),
     ] = False,
+    public: Annotated[
+        bool,
+        typer.Option("--public", help="Measure rows beside public implementations, and write docs/performance.md."),
+    ] = False,
 ) -> None:
     """Measure time, memory and FLOPs against length.
 
@@ -169,6 +188,9 @@ def bench(
         return
     if table:
         _table(device, entrants or ())
+        return
+    if public:
+        _public(device, entrants or ())
         return
     from crosslight.bench import Setting, record, summarise, sweep
     from crosslight.comparison.defaults import parse

@@ -37,6 +37,9 @@ def compare(
     goal: Annotated[
         str | None, typer.Option(help="forecast, classify or regress; from the table unless given.")
     ] = None,
+    fill: Annotated[
+        bool, typer.Option("--fill", help="Fill missing values of the table, except the target's; else an error.")
+    ] = False,
     text: Annotated[Path | None, typer.Option(help="Your own text, for a language model.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Trials of each mechanism on each task.")] = 2,
     steps: Annotated[int | None, typer.Option(help="Training steps of a trial.")] = None,
@@ -82,6 +85,7 @@ def compare(
         table=table,
         target=target,
         goal=goal,
+        fill=fill,
         text=text,
     )
     if os.environ.get("RANK", "0") != "0":  # of the processes of `accelerate launch` one tells
@@ -90,6 +94,8 @@ def compare(
     screen = console()
     for name in dict.fromkeys(board.task):
         screen.print(_leaderboard(board[board.task == name]))
+        if how := frame.attrs["about"].get(name):
+            screen.print(how, style="dim", highlight=False, markup=False)
     if board.task.nunique() > 1:
         screen.print(_index(cab.index(board)))
     for note in frame.attrs["notes"]:

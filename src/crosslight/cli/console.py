@@ -16,7 +16,10 @@ from crosslight.cards import GROWTH, KINDS, PATTERNS
 KindOption = Annotated[str | None, typer.Option("--kind", help=f"One of {', '.join(KINDS)}.")]
 PatternOption = Annotated[str | None, typer.Option("--pattern", help=f"One of {', '.join(PATTERNS)}.")]
 CostOption = Annotated[str | None, typer.Option("--cost", help=f"At most this growth: {', '.join(GROWTH)}.")]
-GroupOption = Annotated[str | None, typer.Option("--group", help="A group of the catalogue, such as 'linear-kernel'.")]
+GroupOption = Annotated[str | None, typer.Option("--group", help="A group of the catalogue, such as 'linear'.")]
+DecodeOption = Annotated[
+    str | None, typer.Option("--decode", help="What decoding carries along: kv, or a state of constant size: state.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

@@ -11,7 +11,16 @@ from rich.text import Text
 
 from crosslight import registry
 from crosslight.cards import PATTERNS, Card
-from crosslight.cli.console import CostOption, GroupOption, JsonOption, KindOption, PatternOption, console
+from crosslight.cli.console import (
+    CostOption,
+    DecodeOption,
+    GroupOption,
+    JsonOption,
+    KindOption,
+    PatternOption,
+    console,
+)
+from crosslight.errors import expect
 
 STYLES = {"reproduced": "green", "not reproduced": "yellow", "unverified": "dim", "baseline": "cyan"}
 
@@ -63,15 +72,24 @@ def _print(cards: list[Card], as_array: bool) -> None:
         )
 
 
+def _check(group: str | None, decode: str | None) -> None:
+    """What the registry takes as it is: a word that no card has would find nothing, without a reason."""
+    for name, word in (("group", group), ("decode", decode)):
+        known = sorted({getattr(registry.card(id), name) for id in registry.ids()} - {"", None})
+        expect(word is None or word in known, name, repr(word), f"one of {', '.join(known)}")
+
+
 def list_(
     kind: KindOption = None,
     pattern: PatternOption = None,
     cost: CostOption = None,
     group: GroupOption = None,
+    decode: DecodeOption = None,
     json_: JsonOption = False,
 ) -> None:
     """List the registered systems."""
-    _print(registry.find(kind=kind, pattern=pattern, cost=cost, group=group), json_)
+    _check(group, decode)
+    _print(registry.find(kind=kind, pattern=pattern, cost=cost, group=group, decode=decode), json_)
 
 
 def find(
@@ -80,10 +98,18 @@ def find(
     pattern: PatternOption = None,
     cost: CostOption = None,
     group: GroupOption = None,
+    decode: DecodeOption = None,
     json_: JsonOption = False,
 ) -> None:
     """List the systems whose card holds every word. Leaves with exit code 1 if there is none."""
-    cards = registry.find(" ".join(words), kind=kind, pattern=pattern, cost=cost, group=group)
-    _print(cards, json_)
+    _check(group, decode)
+    asked: dict[str, Any] = {"kind": kind, "pattern": pattern, "cost": cost, "group": group, "decode": decode}
+    words = " ".join(words).split()
+    cards = registry.find(words, **asked)
+    if cards or json_:
+        _print(cards, json_)
+    else:
+        alone = ", ".join(f"{word!r} {len(registry.find(word, **asked))}" for word in words)
+        print(f"No card holds all of it. Cards that hold one word: {alone}.")
     if not cards:
         raise typer.Exit(1)

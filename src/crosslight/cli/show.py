@@ -23,7 +23,8 @@ def address(reference: str) -> str:
         return reference
     if reference.startswith("10."):
         return f"https://doi.org/{reference}"
-    return f"https://arxiv.org/abs/{reference.removeprefix('arXiv:').strip()}"
+    number = reference.removeprefix("arXiv:").strip()
+    return f"https://arxiv.org/abs/{number}" if any(c.isdigit() for c in number) else reference
 
 
 def _facts(card: Card, entry: dict[str, Any]) -> Table:

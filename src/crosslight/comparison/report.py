@@ -137,7 +137,7 @@ def _tasks(trials: Any, weights: Path | None) -> list[dict[str, Any]]:
                 "name": str(name),
                 "pattern": first.pattern if isinstance(first.pattern, str) else None,
                 "title": PATTERNS.get(first.pattern, str(name)),
-                "about": _about(str(name)),
+                "about": getattr(trials, "attrs", {}).get("about", {}).get(name) or _about(str(name)),
                 "metric": str(first.metric).replace("_", " "),
                 "higher": bool(first.higher_is_better) if first.higher_is_better is not None else True,
                 "rows": rows,
@@ -183,7 +183,7 @@ def _about(task: str) -> str:
         doc = tasks.find(task).__doc__ or ""
     except CrosslightError:  # a task of another process, whose module is not at hand
         return ""
-    return " ".join(doc.strip().partition("\n\n")[0].split())
+    return " ".join(doc.strip().partition("\n\n")[0].replace("``", "").split())
 
 
 def _group(id: str) -> str:

@@ -49,6 +49,7 @@ def compare(
     table: str | Path | None = None,
     target: str | None = None,
     goal: str | None = None,
+    fill: bool = False,
     text: str | Path | None = None,
     task_options: Mapping[str, Any] | None = None,
     progress: bool = True,
@@ -68,13 +69,15 @@ def compare(
         out: folder of the store. Trials that it holds are not repeated.
         table, target, goal: a CSV or Parquet file, the column to predict, and "forecast", "classify" or "regress"
             (from the columns unless given).
+        fill: fill missing values of the table in columns other than the target, which are an error otherwise.
         text: a file on whose bytes to train a language model.
         task_options: options of the tasks; with several tasks, those that a task does not have are an error.
         progress: show bars.
 
     Returns:
         A row a trial, with the columns `COLUMNS`. ``frame.attrs["notes"]`` says what was skipped and why,
-        ``frame.attrs["out"]`` where the store is and ``frame.attrs["entrants"]`` what each label stands for.
+        ``frame.attrs["about"]`` how a table or text was read, ``frame.attrs["out"]`` where the store is and
+        ``frame.attrs["entrants"]`` what each label stands for.
 
     Raises:
         CrosslightError: unknown ids, tasks, patterns or options, or a table or text that does not serve.
@@ -83,7 +86,9 @@ def compare(
         require(module, "compare")
     expect(pattern is None or pattern in PATTERNS, "pattern", repr(pattern), f"one of {', '.join(PATTERNS)}")
     expect(isinstance(workers, int) and workers >= 1, "workers", repr(workers), "a positive int")
-    chosen = _tasks(tasks, pattern, table, target, goal, text, task_options or {})
+    expect(not fill or table is not None, "fill", fill, "a table whose missing values to fill (--table FILE)")
+    own = {"fill": True, **(task_options or {})} if fill else task_options or {}
+    chosen = _tasks(tasks, pattern, table, target, goal, text, own)
     entrants, asked = _entrants(mechanisms, group)
     numbers = _seeds(seeds)
     budget = {"steps": steps, "seconds": seconds, "batch_size": batch_size, "lr": lr}
@@ -107,7 +112,8 @@ def compare(
         run_all(trials, store, workers=workers, watcher=bars.watch)
     frame = as_frame([store[trial.key] for trial in trials])
     labelled = {trial.entrant.label: trial.entrant for trial in trials}
-    frame.attrs |= {"notes": notes, "out": str(store.folder), "entrants": labelled}
+    about = {name: task.about for name, (task, _) in chosen.items() if hasattr(task, "about")}
+    frame.attrs |= {"notes": notes, "out": str(store.folder), "entrants": labelled, "about": about}
     return frame
 
 

@@ -205,6 +205,7 @@ def _forward(
     text_always: str,
     block_size: int,
     scale: float,
+    *,
     kept: dict[int, _Groups] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; the groups stay in ``kept`` for the backward pass."""
@@ -260,6 +261,7 @@ def _backward(
     text_always: str,
     block_size: int,
     scale: float,
+    *,
     kept: dict[int, _Groups] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
@@ -303,10 +305,10 @@ def _backward(
 
 class _Routed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q, k, v, chosen, tensors, tensors_always, *how):
+    def forward(ctx: Any, q, k, v, chosen, tensors, tensors_always, *how: Any):
         ctx.set_materialize_grads(False)
         ctx.kept = {}
-        out, lse = _forward(q, k, v, chosen, tensors, tensors_always, *how, ctx.kept)
+        out, lse = _forward(q, k, v, chosen, tensors, tensors_always, *how, kept=ctx.kept)
         ctx.save_for_backward(q, k, v, chosen, out, lse, *tensors, *tensors_always)
         ctx.how, ctx.split = how, len(tensors)
         return out, lse
@@ -319,7 +321,7 @@ class _Routed(torch.autograd.Function):
             grad = torch.zeros_like(out)
         tensors, always = tensors[: ctx.split], tensors[ctx.split :]
         delta = sparse.delta_of(grad, out, grad_lse)
-        by = _backward(q, k, v, chosen, tensors, always, lse, grad, delta, *ctx.how, ctx.kept)
+        by = _backward(q, k, v, chosen, tensors, always, lse, grad, delta, *ctx.how, kept=ctx.kept)
         return *by, *[None] * 7
 
 

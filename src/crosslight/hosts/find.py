@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from crosslight.errors import CrosslightError
+from crosslight.errors import CrosslightError, expect
 from crosslight.hosts import diffusers, functional, own, timm, torch_mha, transformers
 from crosslight.hosts.base import SEAT, Entry, Seat, Site, Where, parameters_of
 
@@ -57,6 +57,7 @@ def select(model: nn.Module, where: Where) -> list[Site]:
         )
     if where is None:
         return every
+    expect(isinstance(where, str) or callable(where), "where", repr(where), "a glob on module paths or a function")
     if isinstance(where, str):
         chosen = [s for s in every if fnmatchcase(s.name, where)]
     else:

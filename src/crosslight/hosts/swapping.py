@@ -7,6 +7,8 @@ that is a whole layer replaces the host's module, which our own mechanisms, ``nn
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -54,7 +56,8 @@ def swap(model: nn.Module, id: str, where: Where = None, **options: Any) -> Swap
     """Put mechanism ``id`` in the place of a model's attention; heads and their width are the host's.
 
     Parameters that the mechanism brings are registered on the model: they train, move and are saved with it. The
-    host's attention dropout does not apply to a core.
+    host's attention dropout does not apply to a core. What a row's layer does around its core, such as a gate or a
+    norm, does not come along; a warning says so.
 
     Args:
         model: any model whose attention Crosslight knows.
@@ -73,9 +76,13 @@ def swap(model: nn.Module, id: str, where: Where = None, **options: Any) -> Swap
     expect(kind == "token", "id", f"{id!r} of kind {kind}", "a mechanism of kind token")
     chosen = find.select(model, where)
     handle = Swap(id, chosen)
+    # A registered default that is the layer's, such as one key/value head, is a matter of projections: no core has it.
+    is_core = isinstance(make, type) and issubclass(make, Core) and set(defaults) <= {"bias", *_own_options(make)}
+    if is_core:
+        defaults = {name: value for name, value in defaults.items() if name != "bias"}
     try:
         for site in chosen:
-            put = _core if isinstance(make, type) and issubclass(make, Core) else _layer
+            put = _core if is_core else _layer
             handle._undos.append(put(model, site, id, make, {**defaults, **options}))
     except BaseException:
         handle.restore()
@@ -93,6 +100,7 @@ def _like(new: nn.Module, host: nn.Module) -> nn.Module:
 
 def _core(model: nn.Module, site: Site, id: str, make: Callable[..., Core], options: dict[str, Any]) -> Undo:
     module = site.module
+    _check_options(id, make, options)
     try:
         core = make(site.heads, site.head_dim, **options)
     except TypeError as error:
@@ -103,9 +111,11 @@ def _core(model: nn.Module, site: Site, id: str, make: Callable[..., Core], opti
             return _replace(model, site, core)
         if not isinstance(module, AttentionLayer):
             return _layer(model, site, id, registry.create, {"id": id, **options})
+        _warn_of_the_layer(id, make)
         return _own_core(module, core)
     why = find.adapter(site).why_not_swap(site)
     expect(not why, "swap", f"{site.name}, {why}" if why else "", "a host that hands over its queries, keys and values")
+    _warn_of_the_layer(id, make)
     seat = find.take(site)
     before = getattr(module, CORE, None)
     seat.swaps += 1
@@ -120,6 +130,23 @@ def _core(model: nn.Module, site: Site, id: str, make: Callable[..., Core], opti
         find.leave(site)
 
     return undo
+
+
+def _own_options(make: Callable[..., Any]) -> list[str]:
+    """Options of a core alone: those of the layer around it are the host's to decide."""
+    return [n for n in inspect.signature(make).parameters if n not in ("heads", "head_dim")]
+
+
+def _warn_of_the_layer(id: str, make: Any) -> None:
+    if getattr(make, "layer", None) is not None:
+        what = " ".join((make.layer.__doc__ or "").partition("\n\n")[0].split())
+        warnings.warn(f"swap: the core of {id} comes without the layer that its paper has: {what}", stacklevel=4)
+
+
+def _check_options(id: str, make: Callable[..., Core], options: dict[str, Any]) -> None:
+    known = _own_options(make)
+    unknown = [n for n in options if n not in known]
+    expect(not unknown, f"options of {id!r}", ", ".join(unknown), f"some of {', '.join(known) or 'none'}")
 
 
 def _own_core(layer: AttentionLayer, core: Core) -> Undo:

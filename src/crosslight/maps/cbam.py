@@ -134,3 +134,10 @@ class CBAM(MapAttention):
         for name in rest:
             gate = gate * getattr(self, name).weights(x * gate)
         return gate
+
+    def _forward(self, x):
+        if self.order == "parallel":
+            return super()._forward(x)
+        for name in self.order.split("-"):  # without the product of the gates, which is as large as x
+            x = getattr(self, name)(x)
+        return x

@@ -70,5 +70,5 @@ class ECA(MapAttention):
         self.conv = nn.Conv1d(1, 1, kernel, padding=kernel // 2, bias=False)
 
     def _weights(self, x):
-        gate = self.conv(x.flatten(2).mean(2).unsqueeze(1)).sigmoid()
+        gate = self.conv(x.mean(tuple(range(2, x.dim()))).unsqueeze(1)).sigmoid()
         return gate.view(*x.shape[:2], *[1] * (x.dim() - 2))

@@ -3,10 +3,14 @@
 Forecasting follows the layout of the ETT files: a ``date`` column, series in the other columns, one of them the target
 (OT there). The target is forecast from its own history and that of all other numeric columns; the last fifth of the
 rows is held out. Classification and regression read a row as one token a column; a random fifth is held out.
+
+A missing value is an error. With ``fill``, one in a column other than the target is filled: a series goes on with its
+last value, a number of a row becomes the mean of the training rows, and a missing category is one of its own.
 """
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +44,7 @@ def read(file: str) -> pd.DataFrame:
     path, kind = Path(file), Path(file).suffix.lower()
     expect(kind in (".csv", ".parquet"), "table", file, "a .csv or .parquet file")
     try:
-        frame = pandas.read_csv(path) if kind == ".csv" else pandas.read_parquet(path)
+        frame = _csv(path) if kind == ".csv" else pandas.read_parquet(path)
     except Exception as error:  # parsers raise errors of many kinds
         why = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__
         raise CrosslightError(f"table: got {file}, expected a {kind} file that can be read ({why})") from error
@@ -54,15 +58,32 @@ def read(file: str) -> pd.DataFrame:
     return frame
 
 
-def _dates(column: pd.Series) -> pd.Series:
-    """A column of text as dates, where all of it is dates."""
+def _csv(path: Path) -> pd.DataFrame:
+    """A file with commas, or with semicolons or tabs, as spreadsheets write it where the comma is a decimal point."""
     pandas = require("pandas", "compare")
-    if not pandas.api.types.is_string_dtype(column) or not column.astype(str).str.contains(r"\d[-/:.]\d").all():
+    frame = pandas.read_csv(path)
+    header = str(frame.columns[0])
+    separator = next((s for s in ";\t" if s in header), None)
+    if frame.shape[1] > 1 or separator is None:
+        return frame
+    ways = [pandas.read_csv(path, sep=separator, decimal=decimal) for decimal in ".,"]
+    return max(ways, key=lambda way: way.select_dtypes("number").shape[1])
+
+
+def _dates(column: pd.Series) -> pd.Series:
+    """A column of text as dates, where all of it that is not missing is dates."""
+    pandas = require("pandas", "compare")
+    text = column.dropna()
+    if not len(text) or not pandas.api.types.is_string_dtype(text) or not text.str.contains(r"\d[-/:.]\d").all():
         return column
-    try:
-        return pandas.to_datetime(column, format="mixed")
-    except (ValueError, TypeError):
-        return column
+    # One form for all first: read one by one, 02.03. and 13.03. would be days of two months.
+    for way in ({}, {"dayfirst": True}, {"format": "mixed"}):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # where pandas knows no form, it tells
+                return pandas.to_datetime(column, **way)
+        except (ValueError, TypeError):
+            continue
+    return column
 
 
 def _is_date(column: pd.Series) -> bool:
@@ -84,12 +105,36 @@ def _target(frame: pd.DataFrame, target: str | None) -> pd.Series:
     return frame[target]
 
 
-def _whole(frame: pd.DataFrame, columns: list[str]) -> None:
+def _finite(column: pd.Series) -> pd.Series:
+    """The column, infinite numbers as missing ones."""
+    return column.mask(column.abs() == float("inf")) if _is_number(column) else column
+
+
+def _whole(frame: pd.DataFrame, columns: list[str], advice: str) -> None:
     for column in columns:
-        missing = int(frame[column].isna().sum())
-        if _is_number(frame[column]):
-            missing += int((frame[column].abs() == float("inf")).sum())
-        expect(missing == 0, "table", f"{missing} missing, NaN or infinite values in column {column!r}", "none")
+        missing = int(_finite(frame[column]).isna().sum())
+        got = f"{missing} missing, NaN or infinite values in column {column!r}"
+        expect(missing == 0, "table", got, f"none ({advice})")
+
+
+#: What to do about missing values, of the target and of other columns.
+_LEAVE_OUT, _FILL = "leave their rows out", "`--fill`, or the task option fill, fills them"
+
+
+def _useless(column: pd.Series) -> str:
+    """Why a column is left out: it is empty, or text that hardly repeats, such as a name or a date in no known form."""
+    if _finite(column).isna().all():
+        return "empty"
+    different = column.nunique()
+    if not _is_number(column) and not _is_date(column) and different > max(CLASSES, len(column) // 2):
+        return f"text with {different} different values"
+    return ""
+
+
+def _says(left_out: dict[str, str], filled: int) -> str:
+    parts = [f"{filled} missing values are filled"] if filled else []
+    parts += [f"{name!r} is left out ({why})" for name, why in left_out.items()]
+    return "".join(f"; {part}" for part in parts)
 
 
 def choose(file: str, target: str | None, goal: str | None = None) -> str:
@@ -113,27 +158,47 @@ class TableForecast(SeriesForecast):
 
     name = "table-forecast"
 
-    def __init__(self, file: str, target: str, history: int = 48, horizon: int = 12) -> None:
+    def __init__(self, file: str, target: str, history: int = 48, horizon: int = 12, fill: bool = False) -> None:
         super().__init__(history, horizon)
         frame = read(str(file))
         expect(_is_number(_target(frame, target)), "target", f"{target!r}, which holds no numbers", "a numeric column")
         dates = [c for c in frame.columns if _is_date(frame[c])]
-        numbers = [target, *(c for c in frame.columns if c != target and _is_number(frame[c]))]
-        _whole(frame, [*dates[:1], *numbers])
+        _whole(frame, [*dates[:1], target], _LEAVE_OUT)
+        left_out = {c: why for c in frame.columns if (why := _useless(frame[c]))}
+        numbers = [target, *(c for c in frame.columns if c != target and c not in left_out and _is_number(frame[c]))]
+        if not fill:
+            _whole(frame, numbers, _FILL)
         if dates:
             frame = frame.sort_values(dates[0], kind="stable")
+        series = frame[numbers].apply(_finite)
+        holes = int(series.isna().to_numpy().sum())
+        series = series.ffill().fillna(series[: int(len(frame) * self.share)].mean()).fillna(0.0)
         # Both parts must hold a window: the training rows whole ones, the held-out rows at least their horizons.
         needed = int(max((history + horizon + 8) / self.share, horizon / (1 - self.share))) + 1
         wanted = f"at least {needed} for history {history} and horizon {horizon}"
         expect(len(frame) >= needed, "table", f"{len(frame)} rows", wanted)
-        self._rows = torch.tensor(frame[numbers].to_numpy(dtype="float32", copy=True))
-        self._times = frame[dates[0]].astype(str).tolist() if dates else [str(i) for i in range(len(frame))]
+        self._rows = torch.tensor(series.to_numpy(dtype="float32", copy=True))
+        self._times = _short(frame[dates[0]]) if dates else [str(i) for i in range(len(frame))]
+        self.about = (
+            f"{target!r} of {Path(file).name}: {horizon} steps from {history} before them, of {len(numbers)} series; "
+            f"the last fifth of {len(frame)} rows is held out, errors are in standard deviations of {target!r}"
+            + _says(left_out, holes)
+        )
 
     def table(self):
         return self._rows
 
     def steps_of_time(self):
         return self._times
+
+
+def _short(times: pd.Series) -> list[str]:
+    """Times without what all of them share: days where none has an hour, else no year and no seconds."""
+    plain = times.dt.strftime("%H:%M:%S")
+    form = "%Y-%m-%d" if (plain == plain.iloc[0]).all() else "%m-%d %H:%M"
+    if plain.str.slice(6).nunique() > 1:
+        form = "%d %H:%M:%S"
+    return times.dt.strftime(form).tolist()
 
 
 class Columns(nn.Module):
@@ -168,14 +233,23 @@ class TableRows(Task):
     batch_size = 32
     lr = 3e-3
 
-    def __init__(self, file: str, target: str) -> None:
+    def __init__(self, file: str, target: str, fill: bool = False) -> None:
         frame = read(str(file))
-        _whole(frame, list(frame.columns))
         _target(frame, target)
+        _whole(frame, [target], _LEAVE_OUT)
         expect(len(frame) >= 50, "table", f"{len(frame)} rows", "at least 50")
-        self.columns = [c for c in frame.columns if c != target]
-        expect(bool(self.columns), "table", f"no column but {target!r}", "columns to predict it from")
+        others = {c: _useless(frame[c]) for c in frame.columns if c != target}
+        self.columns = [c for c, why in others.items() if not why]
+        expect(bool(self.columns), "table", f"no column of use but {target!r}", "columns to predict it from")
+        if not fill:
+            _whole(frame, self.columns, _FILL)
         frame = frame.sample(frac=1.0, random_state=0)
+        holes = int(frame[self.columns].apply(_finite).isna().to_numpy().sum())
+        self.about = (
+            f"{target!r} of {Path(file).name} from the {len(self.columns)} other "
+            f"column{'s' * (len(self.columns) > 1)} of its row; "
+            f"a fifth of {len(frame)} rows is held out" + _says({c: why for c, why in others.items() if why}, holes)
+        )
         self.test = len(frame) // 5
         self.y = self._answers(frame[target])
         parts = [self._column(frame[c]) for c in self.columns]
@@ -187,12 +261,12 @@ class TableRows(Task):
     def _column(self, column: pd.Series) -> tuple[Tensor, int]:
         """The values, standardised by the training rows, and 0; or codes of categories and their number."""
         if _is_date(column):
-            column = column.astype("int64")
+            column = column.astype("int64").where(column.notna())
         if _is_number(column):
-            x = torch.tensor(column.to_numpy(dtype="float64", copy=True))
-            seen = x[self.test :]
-            return ((x - seen.mean()) / seen.std().clamp(min=1e-9)).float(), 0
-        codes, names = require("pandas", "compare").factorize(column, sort=True)
+            x = torch.tensor(_finite(column).to_numpy(dtype="float64", na_value=float("nan"), copy=True))
+            seen = x[self.test :][~x[self.test :].isnan()]
+            return ((x - seen.mean()) / seen.std().clamp(min=1e-9)).nan_to_num(0.0).float(), 0
+        codes, names = require("pandas", "compare").factorize(column, sort=True, use_na_sentinel=False)
         return torch.tensor(codes, dtype=torch.float32), len(names)
 
     def batches(self, seed, batch_size):

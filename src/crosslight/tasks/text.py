@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from crosslight.errors import CrosslightError, expect
@@ -15,9 +16,10 @@ from crosslight.tasks.language import ByteModel, to_bytes
 @cache
 def read(path: str) -> Tensor:
     try:
-        return to_bytes(Path(path).read_bytes() or b"\0")
+        text = Path(path).read_bytes()
     except OSError as error:
         raise CrosslightError(f"text: got {path}, expected a file that can be read ({error.strerror})") from error
+    return to_bytes(text) if text else torch.empty(0, dtype=torch.uint8)
 
 
 @task
@@ -30,6 +32,7 @@ class Text(ByteModel):
         super().__init__(length)
         self.file = str(file)
         size = len(read(self.file))
+        self.about = f"bytes of {Path(file).name}: {size}, the last tenth held out"
         expect(size >= 20 * (length + 1), "text", f"{file} of {size} bytes", f"at least {20 * (length + 1)} bytes")
 
     def texts(self):

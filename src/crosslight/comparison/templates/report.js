@@ -132,7 +132,7 @@
     const chosen = () => now.task.rows.find((r) => r.label === now.row.label).maps;
 
     const axis = (element, labels, count, vertical) => {
-      const all = letters(labels), step = all ? 1 : Math.ceil(count / (vertical ? 12 : 6));
+      const all = letters(labels), most = vertical ? 12 : labels.some((t) => t.length > 6) ? 3 : 6, step = all ? 1 : Math.ceil(count / most);
       element.replaceChildren(...Array.from({ length: count }, (_, i) => i).filter((i) => i % step === 0).map((i) => {
         const e = make("span", { textContent: name(labels, i) });
         e.style[vertical ? "top" : "left"] = `${100 * (i + 0.5) / count}%`;
