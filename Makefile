@@ -19,9 +19,11 @@ lint: .venv/test
 docs: .venv/test
 	$(BIN)/mkdocs build --strict
 
-# The ratios of docs/performance.md; wants a quiet machine.
+# The tables of docs/performance.md; about an hour and a half, and wants a quiet machine.
 figures: .venv/test
 	$(BIN)/crosslight bench --figures
+	$(BIN)/crosslight bench --public
+	$(BIN)/crosslight bench --table
 
 clean:
 	rm -rf .venv site

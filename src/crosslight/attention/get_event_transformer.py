@@ -199,7 +199,14 @@ class GroupEventAttention(Mechanism):
 
     def _between_channels(self, y: Stream, mask: Tensor | None, members: Int[Tensor, "windows places"]) -> Stream:
         q, k, v = self._channels(y, mask, members)
-        z = dense.attend(q, k, v, bias=self._group_bias(), scale=1.0)
+        bias = self._group_bias()
+
+        def part(start: int, stop: int) -> Tensor:
+            windows = slice(start, stop)
+            return dense.attend(q[windows], k[windows], v[windows], bias=bias, scale=1.0).movedim(0, 2)
+
+        # A window has C x C scores a head, far more than it has numbers: some windows at a time.
+        z = dense.by_rows(part, len(q), self.window * self.dim**2).movedim(2, 0)
         z = self.group_out(z.transpose(1, 2).flatten(2)).mT.unflatten(0, (len(y), -1))
         return grouped.put_back(z[:, None], members, y.shape[1]).squeeze(1)
 

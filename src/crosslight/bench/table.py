@@ -17,7 +17,7 @@ from torch import Tensor
 
 from crosslight import registry
 from crosslight.attention.base import AttentionLayer, Core, How, LayerCache, Mechanism
-from crosslight.bench import marked, memory, timing
+from crosslight.bench import guide, marked, memory, timing
 from crosslight.bench.baselines import BASELINES
 from crosslight.bench.calls import Call, Prepared, Setting, built, fitting, home
 from crosslight.bench.curves import efficiency_length, growth
@@ -42,7 +42,7 @@ Status = Literal["ok", "out of memory", "over time", "failed"]
 class Limits:
     """What a measurement may take: seconds a call, seconds of rounds at a length, seconds to fill a cache."""
 
-    call: float = 30.0
+    call: float = 10.0
     baseline: float = 150.0
     rounds: float = 2.0
     fill: float = 30.0
@@ -189,11 +189,8 @@ class Table:
         try:
             with memory.bounded():
                 call = self._call(entrant, row.pattern, n)
-                start = time.perf_counter()
                 peak = memory.peak(call, self.setting.device)  # the first call: it fills caches as well
-                first = time.perf_counter() - start
-                if first < 5 * self.limits.rounds:  # a longer call need not be warm
-                    first = timing.once(call, self.setting.device)
+                first = timing.once(call, self.setting.device)
         except (CrosslightError, RuntimeError, MemoryError) as error:
             return Point("out of memory" if memory.is_out_of_memory(error) else "failed", error=_first(error))
         return self._timed(entrant, row.pattern, call, first, peak, n)
@@ -314,13 +311,15 @@ def path(root: Path, device: str) -> Path:
 
 
 def files(root: Path, device: str, table: Table) -> dict[Path, str]:
-    """What to write where: the figures, and this device's tables in docs/performance.md."""
+    """What to write where: the figures, this device's tables in docs/performance.md, and what they say to a reader of
+    docs/choosing.md."""
     record, page = table.as_dict(), root / "docs" / "performance.md"
     text = page.read_text(encoding="utf-8") if page.exists() else "# Performance\n"
     kind = torch.device(device).type
     return {
         path(root, device): json.dumps(record, indent=1) + "\n",
         page: marked.placed(text, f"tokens: {kind}", section(record)),
+        **(guide.files(root, record) if kind == "cpu" else {}),
     }
 
 

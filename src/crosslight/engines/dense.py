@@ -132,12 +132,26 @@ def attend(
     how = {"mask": mask, "causal": causal, "scale": scale, "bias": bias, "offset": offset}
     if forced() == "reference":
         return weights(q, k, normaliser=normaliser, **how) @ repeat_heads(v, q.shape[1])  # type: ignore[arg-type]
-    if normaliser is softmax:
+    if normaliser is softmax and not _learned(bias):
         return _sdpa(q, k, v, mask, causal, scale, bias, offset)
     return _chunked(q, k, v, mask, causal, scale, bias, offset, normaliser)
 
 
+def _learned(bias: Tensor | Bias | None) -> bool:
+    """Whether the bias gets a gradient, for which `scaled_dot_product_attention` writes the whole matrix out."""
+    if bias is None or not torch.is_grad_enabled():
+        return False
+    return bias.requires_grad if isinstance(bias, Tensor) else any(p.requires_grad for p in bias.parameters())
+
+
 def _sdpa(q, k, v, mask, causal, scale, bias, offset):
+    more, value_dim = v.shape[3] - q.shape[3], v.shape[3]
+    if more:  # kernels want one width, and zeros change nothing
+        scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
+        if more > 0:
+            q, k = F.pad(q, (0, more)), F.pad(k, (0, more))
+        else:
+            v = F.pad(v, (0, -more))
     is_causal, keep, rest = masks.split(mask)
     causal = causal or is_causal
     heads, kv_heads = q.shape[1], k.shape[1]
@@ -154,9 +168,10 @@ def _sdpa(q, k, v, mask, causal, scale, bias, offset):
             attn_mask = attn_bias if attn_mask is None else attn_bias.masked_fill(~attn_mask, -math.inf)
     elif keep is not None:
         attn_mask = keep[:, None, None, :]
-    return F.scaled_dot_product_attention(
+    y = F.scaled_dot_product_attention(
         q, k, v, attn_mask=attn_mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
+    return y[..., :value_dim]
 
 
 def _chunked(q, k, v, mask, causal, scale, bias, offset, normaliser):

@@ -8,7 +8,7 @@ import torch
 import crosslight
 from crosslight import registry
 from crosslight.attention.base import How
-from crosslight.bench import marked, table
+from crosslight.bench import guide, marked, table
 from crosslight.bench.table import Limits, Point, Row, Table
 from crosslight.errors import CrosslightError
 
@@ -98,3 +98,30 @@ def test_the_page_names_rows_that_sdpa_beats_and_keeps_what_people_wrote():
     assert "new" in again
     assert "moba" not in again
     assert again.endswith("More by hand.\n")
+
+
+def test_the_guide_names_what_is_fast_what_is_small_and_what_decodes():
+    def points(ratio, size):
+        return {n: Point("ok", 0.1 * ratio, size, sdpa=ratio) for n in table.LENGTHS}
+
+    rows = Table()
+    rows.rows = {
+        (row.id, row.pattern): row
+        for row in (
+            Row("sdpa", "causal-self", "", {n: Point("ok", 0.1, 100) for n in table.LENGTHS}),
+            Row("moba", "causal-self", "", points(0.5, 300), 0.002),
+            Row("lightning-attention", "causal-self", "", points(0.25, 50), 0.001),
+            Row("mta", "causal-self", "", points(3.0, 200), 0.004),
+        )
+    }
+    text = guide.section(json.loads(json.dumps(rows.as_dict())))
+    line = next(line for line in text.splitlines() if line.startswith("| 4,096 |"))
+    fast, small = line.split("|")[3:5]
+    assert fast.index("lightning-attention") < fast.index("moba")
+    assert "mta" not in fast
+    assert small.index("lightning-attention](atlas/lightning-attention.md)") < small.index("mta") < small.index("moba")
+    assert "(0.5×)" in small
+    state = next(line for line in text.splitlines() if line.startswith("| a state of constant size |"))
+    assert "lightning-attention" in state
+    assert "moba" not in state
+    assert "### Noncausal" not in text
