@@ -88,6 +88,9 @@ def test_the_page_names_rows_that_sdpa_beats_and_keeps_what_people_wrote():
     }
     record = json.loads(json.dumps(rows.as_dict()))
     assert table.losers(record) == ["fastmax"]
+    assert table.hungry(record) == []
+    next(r for r in record["rows"] if r["id"] == "moba")["measured"]["65536"]["peak_bytes"] = 9 * 65536 * 512 * 16
+    assert table.hungry(record) == [("moba", 9.0, 65536)]
     section = table.section(record)
     assert "| [moba](atlas/moba.md) | causal-self | 1.02 ms (4×) | 4.1 ms (1×) | 16.4 ms (0.25×) |" in section
     assert "| 4,096 | ≤ 1,024 | 2 ms |" in section

@@ -1,4 +1,4 @@
-"""Which attention to use, read off the measured table: part of docs/choosing.md, written by `crosslight bench --table`."""
+"""Which attention to use, read off the measured table; `crosslight bench --table` writes it into docs/choosing.md."""
 
 from __future__ import annotations
 
@@ -41,30 +41,36 @@ def section(record: Mapping[str, Any]) -> str:
         "measured in. Fast is not good: [compare quality on your data](comparing.md).",
     ]
     for pattern, title in TITLES.items():
-        rows = [r for r in record["rows"] if r["pattern"] == pattern and r["id"] not in BASELINES]
+        rows = [r for r in record["rows"] if r["pattern"] == pattern and not _is_baseline(r["id"])]
         base = next((r for r in record["rows"] if r["pattern"] == pattern and r["id"] == "sdpa"), None)
         if rows and base is not None:
             lines += ["", f"### {title}", "", *_by_length(rows, base)]
-    decoding = [r for r in record["rows"] if r["step_seconds"] is not None]
+    decoding = [r for r in record["rows"] if r["step_seconds"] is not None and not _is_baseline(r["id"])]
     if decoding:
         lines += ["", "### Decoding after 16,384 tokens", "", *_decoding(decoding)]
     return "\n".join(lines)
 
 
+def _is_baseline(id: str) -> bool:
+    return id in BASELINES or registry.card(id).group == "baseline"
+
+
 def _by_length(rows: Sequence[Row], base: Row) -> list[str]:
     lines = ["| tokens | SDPA | faster, the fastest first | least memory |", "|--:|--:|---|---|"]
     for n, point in base["measured"].items():
-        fast = sorted((p["sdpa"], r["id"]) for r in rows if (p := r["measured"][n])["sdpa"] is not None and p["sdpa"] < 1)
+        fast = sorted(
+            (p["sdpa"], r["id"]) for r in rows if (p := r["measured"][n])["sdpa"] is not None and p["sdpa"] < 1
+        )
         held = sorted((p["peak_bytes"], r["id"]) for r in rows if (p := r["measured"][n])["peak_bytes"] is not None)
         if not fast and point["seconds"] is None:  # no baseline at this length: the times alone
             timed = sorted((p["seconds"], r["id"]) for r in rows if (p := r["measured"][n])["seconds"] is not None)
-            quick = ", ".join(f"{_name(id)} ({s:.2g} s)" for s, id in timed[:NAMED])
+            quick = ", ".join(f"{_name(id)} ({s:.3g} s)" for s, id in timed[:NAMED])
         else:
             quick = ", ".join(f"{_name(id)} ({ratio:.2g}×)" for ratio, id in fast[:NAMED])
             quick += f" and {len(fast) - NAMED} more" if len(fast) > NAMED else ""
         own = point["peak_bytes"]
         small = ", ".join(f"{_name(id)} ({_share(size, own)})" for size, id in held[:NAMED])
-        taken = point["status"] if point["seconds"] is None else f"{point['seconds']:.2g} s"
+        taken = point["status"] if point["seconds"] is None else f"{point['seconds']:.3g} s"
         lines.append(f"| {int(n):,} | {taken} | {quick or 'none'} | {small} |")
     return lines
 

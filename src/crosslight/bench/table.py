@@ -19,7 +19,7 @@ from crosslight import registry
 from crosslight.attention.base import AttentionLayer, Core, How, LayerCache, Mechanism
 from crosslight.bench import guide, marked, memory, timing
 from crosslight.bench.baselines import BASELINES
-from crosslight.bench.calls import Call, Prepared, Setting, built, fitting, home
+from crosslight.bench.calls import DTYPES, Call, Prepared, Setting, built, fitting, home
 from crosslight.bench.curves import efficiency_length, growth
 from crosslight.bench.machine import machine
 from crosslight.cards import Card
@@ -357,6 +357,12 @@ def section(record: Mapping[str, Any]) -> str:
     lines += [_memories(row, lengths) for row in rows]
     slow = losers(record)
     lines += ["", f"Sub-quadratic rows that are not faster than SDPA at 16,384: {', '.join(slow) or 'none'}."]
+    wide = [f"{id} ({times:.1f} at {n:,})" for id, times, n in hungry(record)]
+    lines += [
+        "",
+        "Sub-quadratic rows whose pass holds more than 8 times the bytes of q, k, v and output at the longest length "
+        f"measured, in these bytes: {', '.join(wide) or 'none'}.",
+    ]
     return "\n".join(lines)
 
 
@@ -369,6 +375,20 @@ def losers(record: Mapping[str, Any], n: int = 16 * K) -> list[str]:
         ratio = row["measured"][str(n)]["sdpa"]
         if ratio is None or ratio >= 1:
             found.append(row["id"])
+    return found
+
+
+def hungry(record: Mapping[str, Any], limit: float = 8.0) -> list[tuple[str, float, int]]:
+    """Sub-quadratic rows that hold more than ``limit`` times the bytes of q, k, v and output: id, times and length."""
+    setting, found = record["setting"], []
+    token = 4 * setting["dim"] * DTYPES[setting["dtype"]].itemsize
+    for row in record["rows"]:
+        held = {int(n): p["peak_bytes"] for n, p in row["measured"].items() if p["peak_bytes"] is not None}
+        if row["id"] in BASELINES or registry.card(row["id"]).growth >= 2 or not held:
+            continue
+        n = max(held)
+        if held[n] > limit * token * n:
+            found.append((row["id"], held[n] / (token * n), n))
     return found
 
 

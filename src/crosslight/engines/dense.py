@@ -168,9 +168,7 @@ def _sdpa(q, k, v, mask, causal, scale, bias, offset):
             attn_mask = attn_bias if attn_mask is None else attn_bias.masked_fill(~attn_mask, -math.inf)
     elif keep is not None:
         attn_mask = keep[:, None, None, :]
-    y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=attn_mask, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return y[..., :value_dim]
 
 
