@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -223,3 +224,18 @@ def build_index(evidence: Path | None = None) -> dict[str, dict[str, Any]]:
             )
         )
     return entries
+
+
+@cache
+def source(module: str) -> str:
+    """A hash of a module's code, which tells whether a result is of this code; empty where it has no file."""
+    try:
+        code = inspect.getsource(importlib.import_module(module))
+    except (OSError, TypeError):  # a notebook's mechanism has no file
+        return ""
+    return hashlib.sha256(code.encode()).hexdigest()[:20]
+
+
+def source_of(id: str) -> str:
+    """The hash of the module in which a system is written."""
+    return source(factory(id)[0].__module__)

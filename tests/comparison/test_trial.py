@@ -6,6 +6,7 @@ import pytest
 import torch
 from toys import Toy, entrant
 
+from crosslight import registry
 from crosslight.comparison.trial import Budget, Trial, run
 from crosslight.errors import CrosslightError
 from crosslight.tasks import Entrant
@@ -75,12 +76,10 @@ def test_the_key_changes_with_the_content_of_the_users_file(tmp_path):
 
 
 def test_the_key_changes_with_the_code_of_the_entrant(monkeypatch):
-    from crosslight.comparison import trial as module
-
     before = trial().key
-    monkeypatch.setattr(module, "_source", lambda name: "edited" if name.endswith("softmax") else "same")
+    monkeypatch.setattr(registry, "source", lambda name: "edited" if name.endswith("softmax") else "same")
     edited = trial().key
-    monkeypatch.setattr(module, "_source", lambda name: "same")
+    monkeypatch.setattr(registry, "source", lambda name: "same")
     assert len({before, edited, trial().key}) == 3
 
 

@@ -81,9 +81,7 @@ def test_changed_rows_are_those_whose_code_is_not_that_of_the_last_outcome(tmp_p
     assert changed(["toy-trouble"], results) == ["toy-trouble"]
     run(tmp_path, results)
     assert changed(["toy-trouble"], results) == []
-    from crosslight.comparison import trial
-
-    monkeypatch.setattr(trial, "_source", lambda name: "edited")
+    monkeypatch.setattr(registry, "source", lambda name: "edited")
     assert changed(["toy-trouble"], results) == ["toy-trouble"]
 
 

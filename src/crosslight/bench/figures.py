@@ -219,26 +219,40 @@ def take(device: str = "cpu", started: Callable[[str], None] = lambda name: None
 
 def files(root: Path, device: str, taken: Sequence[Figure]) -> dict[Path, str]:
     """What to write where: bench/figures.json, and this device's part of docs/performance.md."""
+    return written(root, "figures", device, taken, _section)
+
+
+def written(
+    root: Path, name: str, device: str, taken: Sequence[Figure], section: Callable[[str, str, Sequence[Any]], str]
+) -> dict[Path, str]:
+    """bench/NAME.json, which keeps other devices, and the part NAME of docs/performance.md.
+
+    Args:
+        section: makes the part of the kind of device, of where it was taken, in words, and of what was taken.
+    """
     kind, about = torch.device(device).type, machine(device)
-    record, page = root / "bench" / "figures.json", root / "docs" / "performance.md"
+    record, page = root / "bench" / f"{name}.json", root / "docs" / "performance.md"
     known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     known[kind] = {"machine": about, "figures": [asdict(f) | {"holds": f.holds} for f in taken]}
     text = page.read_text(encoding="utf-8") if page.exists() else "# Performance\n"
+    command = f"crosslight bench --{name}" + ("" if kind == "cpu" else f" --device {device}")
+    where = (
+        f"Taken on {about['date']} with `{command}` on {about['processor']}, {about['cores']} cores, "
+        f"{about['threads']} threads, {about['system']}; Python {about['python']}, torch {about['torch']}, "
+        f"crosslight {about['crosslight']}."
+    )
     return {
         record: json.dumps(known, indent=1) + "\n",
-        page: marked.placed(text, f"figures: {kind}", _section(kind, device, about, taken)),
+        page: marked.placed(text, f"{name}: {kind}", section(kind, where, taken)),
     }
 
 
-def _section(kind: str, device: str, about: dict[str, str | int], taken: Sequence[Figure]) -> str:
-    command = "crosslight bench --figures" + ("" if kind == "cpu" else f" --device {device}")
+def _section(kind: str, where: str, taken: Sequence[Figure]) -> str:
     lines = [
         f"## On {'a CPU' if kind == 'cpu' else 'a GPU'}",
         "",
-        f"Taken on {about['date']} with `{command}` on {about['processor']}, {about['cores']} cores, "
-        f"{about['threads']} threads, {about['system']}; Python {about['python']}, torch {about['torch']}, "
-        f"crosslight {about['crosslight']}. 8 heads of 64, batch 1, {'float32' if kind == 'cpu' else 'bfloat16'}. "
-        "Ratios are medians over pairs of calls that took turns.",
+        f"{where} 8 heads of 64, batch 1, {'float32' if kind == 'cpu' else 'bfloat16'}. Ratios are medians over "
+        "pairs of calls that took turns.",
         "",
         "| figure | to reach | taken | |",
         "| --- | --- | --- | --- |",

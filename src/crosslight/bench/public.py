@@ -8,9 +8,8 @@ input and parameters.
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,8 @@ from torch import Tensor, nn
 
 from crosslight import registry
 from crosslight.attention.backbone import to_tokens
-from crosslight.bench import marked, timing
-from crosslight.bench.figures import Figure
-from crosslight.bench.machine import machine
+from crosslight.bench import timing
+from crosslight.bench.figures import Figure, written
 from crosslight.errors import CrosslightError, MissingExtra, require
 
 #: Largest difference of two outputs, of the largest output.
@@ -703,23 +701,14 @@ def _compared(pair: Pair, value: float | None, detail: str, equal: bool) -> Comp
 
 def files(root: Path, device: str, taken: Sequence[Compared]) -> dict[Path, str]:
     """What to write where: bench/public.json, and this device's part of docs/performance.md."""
-    kind, about = torch.device(device).type, machine(device)
-    record, page = root / "bench" / "public.json", root / "docs" / "performance.md"
-    known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    known[kind] = {"machine": about, "figures": [asdict(c) | {"holds": c.holds} for c in taken]}
-    text = page.read_text(encoding="utf-8") if page.exists() else "# Performance\n"
-    section = _section(kind, device, about, taken)
-    return {record: json.dumps(known, indent=1) + "\n", page: marked.placed(text, f"public: {kind}", section)}
+    return written(root, "public", device, taken, _section)
 
 
-def _section(kind: str, device: str, about: Mapping[str, str | int], taken: Sequence[Compared]) -> str:
-    command = "crosslight bench --public" + ("" if kind == "cpu" else f" --device {device}")
+def _section(kind: str, where: str, taken: Sequence[Compared]) -> str:
     lines = [
         f"## Beside public implementations, on {'a CPU' if kind == 'cpu' else 'a GPU'}",
         "",
-        f"Taken on {about['date']} with `{command}` on {about['processor']}, {about['cores']} cores, "
-        f"{about['threads']} threads, {about['system']}; Python {about['python']}, torch {about['torch']}, "
-        f"crosslight {about['crosslight']}. Forward + backward in float32, as a multiple of their time, to be at most "
+        f"{where} Forward + backward in float32, as a multiple of their time, to be at most "
         "1: medians over pairs of calls that took turns. Weights are the same and outputs were equal, but where only "
         "sizes are said to be alike.",
         "",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,7 +149,7 @@ class Table:
                 if (baseline, pattern) not in self.rows:
                     yield self._row(Entrant(baseline), pattern, "", None, started)
             for card in wanted:
-                yield self._row(Entrant(card.id), pattern, source_of(card.id), card, started)
+                yield self._row(Entrant(card.id), pattern, registry.source_of(card.id), card, started)
             self._calls.clear()
 
     def _wanted(self, ids: Sequence[str]) -> dict[str, list[Card]]:
@@ -162,7 +160,7 @@ class Table:
         for card in cards.values():
             pattern = home(card)
             known = self.rows.get((card.id, pattern))
-            if card.id in ids or (not ids and (known is None or known.source != source_of(card.id))):
+            if card.id in ids or (not ids and (known is None or known.source != registry.source_of(card.id))):
                 found.setdefault(pattern, []).append(card)
         return found
 
@@ -291,13 +289,6 @@ class Table:
             "setting": self.setting.as_dict(),
             "rows": [row.as_dict() for row in rows if row.id in BASELINES or row.id in order],
         }
-
-
-def source_of(id: str) -> str:
-    """A hash of the row's module."""
-    module = inspect.getmodule(registry.factory(id)[0])
-    assert module is not None
-    return sha256(inspect.getsource(module).encode()).hexdigest()[:12]
 
 
 def _first(error: BaseException) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -83,15 +84,34 @@ def tables(measurements: Sequence[Measurement], summaries: Sequence[Summary], co
 def _figures(device: str) -> None:
     from crosslight.bench import figures
 
-    root, taken = checkout.root(), []
+    root = checkout.root()
+    _taken(figures.take, device, "figures reached", lambda taken: figures.files(root, device, taken))
+
+
+def _public(device: str, rows: Sequence[str]) -> None:
+    from crosslight.bench import public
+
+    root, take = checkout.root(), partial(public.take, rows=rows)
+    # Some rows alone are shown, as the page holds all.
+    _taken(take, device, "at most as slow", lambda taken: {} if rows else public.files(root, device, taken))
+
+
+def _taken(
+    take: Callable[[str, Callable[[str], None]], Iterator[Any]],
+    device: str,
+    reached: str,
+    files: Callable[[Sequence[Any]], Mapping[Path, str]],
+) -> None:
+    """Show figures as they come, and write them each time."""
+    taken = []
     with progress(counted=False) as shown:
         bar = shown.add_task("")
-        for found in figures.take(device, started=lambda name: shown.update(bar, description=name)):
+        for found in take(device, lambda name: shown.update(bar, description=name)):
             taken.append(found)
             shown.console.print(found.line(), highlight=False, markup=False, soft_wrap=True)
-            _write(figures.files(root, device, taken))
+            _write(files(taken))
     missed = [found.name for found in taken if not found.holds]
-    print(f"{len(taken) - len(missed)} of {len(taken)} figures reached" + "".join(f"\n  not: {m}" for m in missed))
+    print(f"{len(taken) - len(missed)} of {len(taken)} {reached}" + "".join(f"\n  not: {m}" for m in missed))
 
 
 def _table(device: str, ids: Sequence[str]) -> None:
@@ -107,21 +127,6 @@ def _table(device: str, ids: Sequence[str]) -> None:
             _write(table.files(root, device, rows))
     _write(table.files(root, device, rows))  # nothing may have been missing
     print(f"{len(rows.rows)} rows in {record.relative_to(root)}, tables in docs/performance.md")
-
-
-def _public(device: str, rows: Sequence[str]) -> None:
-    from crosslight.bench import public
-
-    root, taken = checkout.root(), []
-    with progress(counted=False) as shown:
-        bar = shown.add_task("")
-        for found in public.take(device, lambda name: shown.update(bar, description=name), rows=rows):
-            taken.append(found)
-            shown.console.print(found.line(), highlight=False, markup=False, soft_wrap=True)
-            if not rows:
-                _write(public.files(root, device, taken))
-    missed = [found.name for found in taken if not found.holds]
-    print(f"{len(taken) - len(missed)} of {len(taken)} at most as slow" + "".join(f"\n  not: {m}" for m in missed))
 
 
 def _write(files: Mapping[Path, str]) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
-import inspect
 import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +79,11 @@ class Trial:
             "budget": asdict(self.budget),
             "device": self.device.partition(":")[0],
             "versions": {"crosslight": crosslight.__version__, "torch": torch.__version__.partition("+")[0]},
-            "code": [self._entrant_source(task), _source(task.__module__), _source("crosslight.tasks.trunk")],
+            "code": [
+                self._entrant_source(task),
+                registry.source(task.__module__),
+                registry.source("crosslight.tasks.trunk"),
+            ],
         }
 
     def record(self, **outcome: Any) -> dict[str, Any]:
@@ -91,7 +93,7 @@ class Trial:
         return {"key": self.key, **self.decides(), **about, **outcome}
 
     def _entrant_source(self, task: type[Task]) -> str:
-        return "" if self.entrant.id in task.companions else source_of(self.entrant.id)
+        return "" if self.entrant.id in task.companions else registry.source_of(self.entrant.id)
 
     @cached_property
     def key(self) -> str:
@@ -111,20 +113,6 @@ def _file(path: str | Path) -> str:
     """The hash of a file's content; empty for an option that is no file."""
     file = Path(path)
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
-
-
-@cache
-def _source(module: str) -> str:
-    try:
-        code = inspect.getsource(importlib.import_module(module))
-    except (OSError, TypeError):  # a notebook's mechanism has no file
-        return ""
-    return hashlib.sha256(code.encode()).hexdigest()[:20]
-
-
-def source_of(id: str) -> str:
-    """The hash of the module in which a system is written."""
-    return _source(registry.factory(id)[0].__module__)
 
 
 def run(trial: Trial, progress: Progress | None = None, weights: Path | None = None) -> dict[str, Any]:

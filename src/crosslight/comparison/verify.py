@@ -23,7 +23,7 @@ from crosslight.comparison.leaderboard import leaderboard
 from crosslight.comparison.pool import run_all
 from crosslight.comparison.progress import Bars
 from crosslight.comparison.store import Store
-from crosslight.comparison.trial import Budget, Trial, digest, source_of
+from crosslight.comparison.trial import Budget, Trial, digest
 from crosslight.errors import expect
 from crosslight.tasks import Entrant
 
@@ -60,7 +60,9 @@ class Plan:
     @property
     def source(self) -> str:
         """Changes with the code of the row, of its entrant or of its task."""
-        return digest([source_of(self.card.id), *(trial.decides()["code"] for trial in self.all[: len(self.tasks)])])
+        return digest(
+            [registry.source_of(self.card.id), *(trial.decides()["code"] for trial in self.all[: len(self.tasks)])]
+        )
 
     def judge(self, store: Store) -> Outcome:
         """Compare the means over seeds; any trial without a score fails the claim."""
