@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 import crosslight
 from crosslight.attention.agent_attention import AgentAttention, ClassAgents, Network
+from crosslight.attention.base import How
+from crosslight.engines import masks
 from crosslight.errors import CrosslightError
 
 DIM, HEADS, D = 12, 3, 4
@@ -112,6 +114,27 @@ def test_padding_shortens_the_stream():
     attn, x = make(agents=1), stream(8)
     keep = torch.arange(8) < torch.tensor([[5], [8]])
     assert torch.allclose(attn(x, mask=keep)[0, :4], attn(x[:1, :5])[0, :4], atol=1e-12)
+
+
+@pytest.mark.parametrize(("keep", "grid"), [([5, 8, 12], None), ([5, 8, 12], (3, 4))])
+def test_padding_reaches_no_other_token(keep, grid):
+    """Of x as the query, pooled into agents, as the key and as the value, read and convolved."""
+    attn, x = make(), stream(12, batch=3).requires_grad_()
+    mask = torch.arange(12) < torch.tensor(keep)[:, None]
+    (g,) = torch.autograd.grad(attn(x, mask=mask, grid=grid)[mask].sum(), x)
+    assert not g[~mask].any()
+    assert g[mask].all()
+
+
+def test_a_core_alone_is_told_what_enters_its_agents():
+    """A host that has no layer of ours says whether a call is self-attention; the padding of a context is not x's."""
+    core, keep = AgentAttention(HEADS, D, agents=1), torch.arange(8) < torch.tensor([[5], [8]])
+    assert core.extra(How(masks.keys(keep)))["pooled"] is keep
+    assert core.extra(How(masks.keys(keep), cross=True)) == {}
+    q, k, v = torch.randn(3, 2, HEADS, 8, D)
+    how = How(masks.keys(keep))
+    y = core(q, k, v, mask=how.mask, **core.extra(how))
+    assert torch.allclose(y[:1, :, :5], core(*(t[:1, :, :5] for t in (q, k, v))), atol=1e-6)
 
 
 def test_bad_grids_are_named():

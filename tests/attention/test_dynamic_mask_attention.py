@@ -157,6 +157,21 @@ def test_masked_keys_do_not_take_the_place_of_others():
         assert not (read & ~keep[:, None, None]).any()
 
 
+@pytest.mark.parametrize("chunk", [3, 16])
+def test_masked_keys_in_blocks_of_queries_and_heads_in_turns(monkeypatch, chunk):
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(module.sparse, "CHUNK", 1)
+    attn = layer(6)
+    x = torch.randn(2, 40, 32, dtype=torch.float64, requires_grad=True)
+    keep = torch.rand(2, 40) < 0.6
+    keep[0, :25] = False  # more than a block of queries with nothing to read
+    y, expected = attn(x, causal=True, mask=keep), attn.read(attn.weights(x, causal=True, mask=keep), x)
+    torch.testing.assert_close(y, expected)
+    of, goal = [x, *attn.parameters()], torch.randn_like(y)
+    for got, wanted in zip(*(torch.autograd.grad(out, of, goal) for out in (y, expected)), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_without_a_causal_mask_all_queries_read_the_same_keys():
     attn = layer(6)
     x, z = (torch.randn(2, n, 32, dtype=torch.float64) for n in (9, 40))

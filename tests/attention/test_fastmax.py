@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import crosslight
-from crosslight.attention.fastmax import Fastmax
+from crosslight.attention.fastmax import CHUNK, Fastmax
 from crosslight.engines import masks
 from crosslight.errors import CrosslightError
 
@@ -42,6 +42,20 @@ def test_factored_is_the_matrix_of_the_polynomial(p, normalise, causal):
     assert torch.allclose(core(q, k, v, causal=causal), a @ v, atol=1e-9)
     assert torch.allclose(core.weights(q, k, causal=causal), a, atol=1e-9)
     assert torch.allclose(core(q, k, v, causal=causal), core.weights(q, k, causal=causal) @ v, atol=1e-10)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("n", [1, CHUNK, 2 * CHUNK + 5])
+def test_gradients_are_those_of_the_matrix(p, causal, n):
+    q, k, v = (t.requires_grad_() for t in heads(n, n if causal else CHUNK + 3))
+    k, v = (t[:, :1] for t in (k, v))  # one head of keys for all
+    mask = masks.keys(torch.rand(2, k.shape[2]) < 0.7)
+    core = Fastmax(HEADS, D, p=p, temperature=1.5)
+    fast, exact = core(q, k, v, mask=mask, causal=causal), core.weights(q, k, mask=mask, causal=causal) @ v
+    cotangent = torch.randn_like(fast)
+    for got, right in zip(*(torch.autograd.grad(y, (q, k, v), cotangent) for y in (fast, exact)), strict=True):
+        assert torch.allclose(got, right, atol=1e-9)
 
 
 @pytest.mark.parametrize("causal", [False, True])

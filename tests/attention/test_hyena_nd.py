@@ -114,7 +114,7 @@ def test_product_filter_has_rank_one():
 
 def test_the_convolution_moves_with_its_input():
     attn = make()
-    k, centre = attn.placed((6, 6), causal=False)
+    k, centre = attn.placed(attn.kernel(6, 6), causal=False)
     u = torch.zeros(1, DIM, 6, 6, dtype=torch.double)
     u[:, :, 1:3, 1:4] = torch.randn(DIM, 2, 3)
     moved = crosslight.engines.recurrent.fft_conv2d(u.roll((2, 1), (2, 3)), k, centre)

@@ -168,3 +168,18 @@ def test_bad_options_are_named():
             make(**options)
     with pytest.raises(CrosslightError, match="kv: got"):
         make(own_kv=False)(stream(3), causal=True)
+
+
+def test_recomputed_in_parts_is_the_same(monkeypatch):
+    torch.manual_seed(0)
+    attn = crosslight.create("hymba", dim=DIM, heads=HEADS, window=4, meta_tokens=3, states=3).double()
+    x = torch.randn(2, 9, DIM, dtype=torch.double, requires_grad=True)
+    wanted = [x, *attn.parameters()]
+    whole = attn(x, causal=True)
+    expected = torch.autograd.grad(whole.sin().sum(), wanted)
+    monkeypatch.setattr("crosslight.attention.hymba.TOKENS", 5)
+    monkeypatch.setattr("crosslight.attention.selective.LARGE", 1)
+    parts = attn(x, causal=True)
+    assert torch.allclose(parts, whole, atol=1e-12)
+    for got, want in zip(torch.autograd.grad(parts.sin().sum(), wanted), expected, strict=True):
+        assert torch.allclose(got, want, atol=1e-12)

@@ -1,5 +1,6 @@
 """LLN attention: its matrix written out, the log-variance of softmax attention, blocks, and the running deviations."""
 
+import copy
 import math
 
 import pytest
@@ -103,6 +104,23 @@ def test_training_moves_the_deviations_and_evaluation_does_not():
     before = attn.sigma.clone()
     attn.eval()(5 * q, k, v)
     assert torch.equal(attn.sigma, before)
+
+
+def test_deviations_leave_out_padding():
+    """In self-attention that of queries too; a mask of the context says nothing of them."""
+    attn = crosslight.create("lln-attention", dim=8, heads=2).double().train()
+    x, z = torch.randn(2, 2, 9, 8, dtype=torch.double)
+    keep = torch.arange(9) < torch.tensor([[9], [4]])
+    changed = torch.where(keep.unsqueeze(-1), x, 10 * x)
+
+    def sigma(*streams):
+        fresh = copy.deepcopy(attn)
+        fresh(*streams, mask=keep)
+        return fresh.core.sigma
+
+    assert torch.allclose(sigma(changed), sigma(x))
+    assert torch.allclose(sigma(x, torch.where(keep.unsqueeze(-1), z, 10 * z)), sigma(x, z))
+    assert not torch.allclose(sigma(changed, z), sigma(x, z))
 
 
 def test_a_context_has_no_blocks():

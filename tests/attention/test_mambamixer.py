@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import crosslight
+from crosslight.attention import mambamixer
 from crosslight.attention.mambamixer import MambaMixerNetwork
 from crosslight.errors import CrosslightError
 
@@ -92,6 +93,19 @@ def test_channel_mixer_sees_all_channels_and_one_token():
     seen = torch.autograd.grad(attn.channel(x)[0, 2, 3], x)[0][0].abs() > 0
     assert seen[2].all()
     assert not seen[[0, 1, 3, 4]].any()
+
+
+def test_tokens_some_at_a_time(monkeypatch):
+    attn, x = make(), stream(5, 1).requires_grad_()
+    whole = attn.channel(x)
+    expected = torch.autograd.grad(whole.sin().sum(), [x, *attn.channel.parameters()])
+    monkeypatch.setattr(mambamixer, "LANES", 18)
+    parts = attn.channel(x)
+    assert torch.allclose(parts, whole, atol=1e-12)
+    for got, want in zip(
+        torch.autograd.grad(parts.sin().sum(), [x, *attn.channel.parameters()]), expected, strict=True
+    ):
+        assert torch.allclose(got, want, atol=1e-12)
 
 
 def test_padding_shortens_the_stream():

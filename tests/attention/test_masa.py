@@ -15,6 +15,10 @@ def make(**options):
     return crosslight.create("masa", **{"dim": DIM, "heads": HEADS, **options}).double()
 
 
+def stacked(depth, **options):
+    return MatrixAtomSharing.stack(depth, **{"dim": DIM, "heads": HEADS, **options}).double()
+
+
 def plain(count, **options):
     return [crosslight.create("softmax", dim=DIM, heads=HEADS, **options).double() for _ in range(count)]
 
@@ -32,7 +36,7 @@ def x():
 
 def test_as_many_atoms_as_layers_and_the_identity_are_any_stack(x):
     layers = plain(DEPTH)
-    shared = make(atoms=DEPTH).stack(DEPTH)
+    shared = stacked(DEPTH, atoms=DEPTH)
     with torch.no_grad():
         for name in NAMES:
             atoms = torch.stack([getattr(layer, name).weight for layer in layers])
@@ -46,7 +50,7 @@ def test_as_many_atoms_as_layers_and_the_identity_are_any_stack(x):
 @pytest.mark.parametrize("kinds", ["qkvo", "qkv"])
 def test_parameters_are_atoms_and_coefficients(kinds):
     atoms, context = 2, 12
-    stack = make(atoms=atoms, bias=False, context_dim=context, kinds=kinds).stack(DEPTH)
+    stack = stacked(DEPTH, atoms=atoms, bias=False, context_dim=context, kinds=kinds)
     widths = {"q": DIM, "k": context, "v": context, "o": DIM}
     expected = sum(
         atoms * DIM * width + DEPTH * atoms if kind in kinds else DEPTH * DIM * width for kind, width in widths.items()
@@ -55,7 +59,7 @@ def test_parameters_are_atoms_and_coefficients(kinds):
 
 
 def test_a_third_of_the_layers_as_atoms_saves_two_thirds():
-    count = sum(p.numel() for p in make(atoms=DEPTH // 3, bias=False).stack(DEPTH).parameters())
+    count = sum(p.numel() for p in stacked(DEPTH, atoms=DEPTH // 3, bias=False).parameters())
     full = sum(p.numel() for layer in plain(DEPTH, bias=False) for p in layer.parameters())
     assert count - 4 * DEPTH * (DEPTH // 3) == full // 3
 
@@ -82,7 +86,7 @@ def test_groups_of_neighbours_have_their_own_atoms():
 
 
 def test_one_atom_with_coefficient_one_ties_all_layers():
-    stack = make(atoms=1, bias=False).stack(3)
+    stack = stacked(3, atoms=1, bias=False)
     with torch.no_grad():
         for layer in stack:
             for projection in layer.combined():
@@ -93,7 +97,7 @@ def test_one_atom_with_coefficient_one_ties_all_layers():
 
 
 def test_training_one_layer_moves_the_atoms_of_all(x):
-    stack = make(atoms=2).stack(3)
+    stack = stacked(3, atoms=2)
     before = stack[2].v.weight.detach().clone()
     stack[0](x).square().sum().backward()
     torch.optim.SGD(stack.parameters(), lr=0.1).step()
@@ -102,7 +106,7 @@ def test_training_one_layer_moves_the_atoms_of_all(x):
 
 
 def test_siblings_keep_their_dictionary_in_a_state_dict_and_a_copy(x):
-    stack, other = make(atoms=2).stack(3), make(atoms=2).stack(3)
+    stack, other = stacked(3, atoms=2), stacked(3, atoms=2)
     other.load_state_dict(stack.state_dict())
     assert torch.equal(through(other, x), through(stack, x))
     assert other[0].k.dictionary.atoms is other[2].k.dictionary.atoms

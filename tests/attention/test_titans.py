@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import crosslight
+from crosslight.attention import titans
 from crosslight.attention.titans import FORMS
 from crosslight.errors import CrosslightError
 
@@ -78,6 +79,14 @@ def test_chunks_are_the_loop_with_gradients_at_their_head(depth, chunk):
     assert torch.allclose(attn(x, causal=True)[0], expected, atol=1e-10)
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_gradients_through_groups_and_chunks(depth, monkeypatch):
+    monkeypatch.setattr(titans, "GROUP", 6)
+    memory, x = make(form="lmm", depth=depth).memory, stream(14).requires_grad_()
+    inputs = (x, memory.start[0], memory.gates.bias)
+    assert torch.autograd.gradcheck(lambda x, *_: memory.run(x)[0], inputs, fast_mode=True)
+
+
 def test_only_weights_leave_a_trace(monkeypatch):
     attn, x = make(form="lmm"), stream(10)
     weights, expected = attn.weights(x, causal=True), attn(x, causal=True)
@@ -95,7 +104,7 @@ def test_linear_memory_without_momentum_is_the_gated_delta_rule():
         memory.gates.weight[HEADS : 2 * HEADS] = 0
         memory.gates.bias[HEADS : 2 * HEADS] = -1000
     y, state = memory.run(x)
-    q, k, v, _ = memory.project(x, None, x.new_zeros(1, 3, 3 * DIM))
+    (q, k, v), _ = memory.project(x, None, x.new_zeros(1, 3, 3 * DIM))
     alpha, _, theta = torch.sigmoid(memory.gates(x)).transpose(1, 2).chunk(3, 1)
     for h in range(HEADS):
         M = memory.start[0][h].T  # M k instead of k W

@@ -52,12 +52,14 @@ def test_a_table_says_how_it_was_read(tmp_path):
         (("compare", "--with", "sofmax"), "error: id: got 'sofmax', expected a registered id such as softmax"),
         (("compare", "--table", "no.csv", "--target", "x"), "error: table: got no.csv, expected"),
         (("compare", "--text", "no.txt"), "error: text: got no.txt, expected"),
+        (("compare", "--text", "own.bin"), "error: text: got own.bin, with a NUL byte at 3, expected a text file"),
         (("compare", "--device", "warp"), "error: device: got 'warp', expected"),
         (("verify",), "error: verify: got 0 of ID, --all and --changed, expected exactly one of them"),
         (("verify", "mean-pooling"), "error: id: got 'mean-pooling', expected a card that declares evidence"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, message):
+    (tmp_path / "own.bin").write_bytes(b"\x7fEL" + bytes(4000))
     done = crosslight(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith(message)

@@ -75,6 +75,18 @@ def test_the_key_changes_with_the_content_of_the_users_file(tmp_path):
     assert keys[0] == keys[2] != keys[1]
 
 
+def test_a_task_on_another_task_changes_with_the_code_of_both(monkeypatch):
+    def code(task):
+        return dataclasses.replace(trial(), task=task).decides()["code"]
+
+    monkeypatch.setattr(registry, "source", lambda name: name)
+    own, under = "crosslight.tasks.language_stack", "crosslight.tasks.language"
+    assert code("language-stack")[1:] == [own, "crosslight.tasks.trunk", under]
+    # A base in the task's own file is hashed with it, and Task itself decides nothing.
+    assert code("language")[1:] == [under, "crosslight.tasks.trunk"]
+    assert code("toy")[1:] == ["toys", "crosslight.tasks.trunk"]
+
+
 def test_the_key_changes_with_the_code_of_the_entrant(monkeypatch):
     before = trial().key
     monkeypatch.setattr(registry, "source", lambda name: "edited" if name.endswith("softmax") else "same")

@@ -167,9 +167,10 @@ def selective_loop(x, delta, A, B, C, h):
     return torch.stack(out, 1), h
 
 
+@pytest.mark.parametrize("batch", [2, 5])  # fewer and more sequences than channels: other layouts in memory
 @pytest.mark.parametrize("n", [1, 2, 16, 37])
-def test_selective_scan_is_the_loop(n, monkeypatch):
-    given = selective(n)
+def test_selective_scan_is_the_loop(n, batch, monkeypatch):
+    given = selective(n, batch=batch)
     expected = selective_loop(*given)
     for held in (1, 1 << 18):  # in chunks of 16 tokens, and all at once
         monkeypatch.setattr(recurrent, "STATES", held)
@@ -180,9 +181,10 @@ def test_selective_scan_is_the_loop(n, monkeypatch):
             assert torch.allclose(got, want, atol=1e-12)
 
 
-def test_selective_scan_gradients(monkeypatch):
+@pytest.mark.parametrize("batch", [2, 3])
+def test_selective_scan_gradients(batch, monkeypatch):
     monkeypatch.setattr(recurrent, "STATES", 1)
-    given = [t.requires_grad_() for t in selective(21, 2, 3)]
+    given = [t.requires_grad_() for t in selective(21, 2, 3, batch)]
     assert torch.autograd.gradcheck(recurrent.selective_scan, given, fast_mode=True)
 
 

@@ -171,6 +171,39 @@ def test_masks_reach_a_core_in_its_own_words(name, implementation):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("id", "options"),
+    [
+        ("agent-attention", {"agents": 2}),
+        ("biformer-bra", {"regions": 2, "top_k": 1}),
+        ("mta", {"norm": False, "gate": False}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:swap")
+def test_padded_queries_reach_no_other_token(id, options):
+    """Nor do they in our own layer around another core."""
+
+    def moved(model):  # off what starts as the identity
+        for name, p in model.named_parameters():
+            if "core." in name:
+                p.add_(0.3 * torch.randn_like(p))
+
+    model, inputs = models.make("bert")
+    keep = inputs["attention_mask"].flip(1).bool()  # padding comes first: some cores look back only
+    with crosslight.swap(model, id, **options):
+        moved(model)
+        y = model(inputs["input_ids"], keep.long()).last_hidden_state
+        other = model(inputs["input_ids"].where(keep, 45), keep.long()).last_hidden_state
+    torch.testing.assert_close(other[keep], y[keep])
+    assert not torch.allclose(other[~keep], y[~keep])
+    around, x = nn.Sequential(crosslight.create("softmax", dim=16, heads=2)), torch.randn(2, 7, 16)
+    with crosslight.swap(around, id, **options):
+        moved(around)
+        changed = torch.where(keep[..., None], x, 9 * x)
+        torch.testing.assert_close(around[0](changed, mask=keep)[keep], around[0](x, mask=keep)[keep])
+
+
+@torch.no_grad()
 def test_generation_with_a_core_that_takes_flags():
     model, _ = models.make("llama")
     inputs = {"input_ids": models.IDS}

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from crosslight.attention.base import Core, Mechanism
+from crosslight.attention.base import AttentionLayer, Core, Mechanism
 from crosslight.cards import Card
 from crosslight.engines import dense, masks
 from crosslight.engines.backend import forced
@@ -129,6 +129,31 @@ class IgnoresPadding(Plain):
 class PadsTheMean(Plain):
     def forward(self, q, k, v, **how):
         return super().forward(q, k, v, **how) + v.mean(2, keepdim=True).detach()
+
+
+class CountsPadding(Plain):
+    """Scaled by a running size of the queries, in which those of padding count."""
+
+    def __init__(self, heads, head_dim):
+        super().__init__(heads, head_dim)
+        self.register_buffer("size", torch.ones(()))
+
+    def forward(self, q, k, v, **how):
+        if self.training:
+            self.size = q.detach().abs().mean()
+        return super().forward(q, k, v, **how) / self.size
+
+
+class TellsByTheLayer(Plain):
+    """Its own layer hides padded queries, which a host does not know of."""
+
+    class layer(AttentionLayer):
+        def _extra(self, how):
+            return {} if how.cross else {"asking": masks.split(how.mask)[1]}
+
+    def forward(self, q, k, v, *, asking=None, **how):
+        kept = q if asking is None else q * asking[:, None, :, None]
+        return super().forward(q, k, v, **how) + kept.mean(2, keepdim=True)
 
 
 class PaddingOnly(Plain):
@@ -281,6 +306,8 @@ TOKEN = {
     "causal_does_not_leak": [SeesTheFuture, RoutesByTheFuture],
     "causal_cross_sees_all_context": [CausalAcross],
     "masked_keys_have_no_influence": [IgnoresPadding, PadsTheMean],
+    "training_leaves_out_padding": [CountsPadding],
+    "core_is_told_of_padding": [TellsByTheLayer],
     "any_mask_is_honoured": [PaddingOnly],
     "empty_rows_are_zero": [UniformWhenEmpty, NaNWhenEmpty],
     "gradients_are_exact": [HalfTheGradient],

@@ -75,10 +75,6 @@ class AgentLayer(LocalLayer):
     def __init__(self, core: AgentAttention, dim: int, **own: Any) -> None:
         super().__init__(core, dim, kernel=3 if core.conv else 0, **own)
 
-    def _extra(self, how: How) -> dict[str, Any]:
-        # Of x itself, padding is known; that of a context says nothing of the queries.
-        return super()._extra(how) | ({} if how.cross else {"pooled": masks.split(how.mask)[1]})
-
 
 @register(CARD)
 class AgentAttention(Core):
@@ -118,6 +114,10 @@ class AgentAttention(Core):
             self.columns = nn.Parameter(torch.empty(2, heads, agents, 1, width))
             for table in (self.table, self.rows, self.columns):
                 nn.init.trunc_normal_(table, std=0.02)
+
+    def extra(self, how):
+        # Of x itself, padding is known; that of a context says nothing of the queries.
+        return {} if how.cross else {"pooled": masks.split(how.mask)[1]}
 
     def forward(self, q, k, v, *, mask=None, causal=False, grid=None, pooled=None):
         reads, gathers = self._stages(q, k, mask, grid, pooled)

@@ -8,10 +8,9 @@ Both show the matrix they stand for. ``weights`` gives it and ``read`` applies a
 ``attn.read(attn.weights(x), x)`` equals ``attn(x)``: the conformance suite holds the fast path to that, and steering
 is ``attn.read(changed, x)``.
 
-A layer by itself is the rule. A row that shares something between the layers of a model has a ``stack``, which makes
-them together: a classmethod ``stack(depth, **options)``, or ``stack(depth)`` of a first layer. Where what they share is
-computed from a stream, a layer that ``leads`` gives it by ``share(x)``, and the caller hands it as ``context`` to that
-layer and to those after it.
+A layer by itself is the rule. A row that shares something between the layers of a model has a classmethod
+``stack(depth, **options)``, which makes them together. Where what they share is computed from a stream, a layer that
+``leads`` gives it by ``share(x)``, and the caller hands it as ``context`` to that layer and to those after it.
 """
 
 from __future__ import annotations
@@ -247,6 +246,8 @@ class Core(nn.Module):
     takes_grid: ClassVar[bool] = False
     #: The layer that `build` puts around the core; `AttentionLayer` if None.
     layer: ClassVar[type[AttentionLayer] | None] = None
+    #: The core needs more of its layer than queries, keys and values of one width, so no host can call it.
+    needs_layer: ClassVar[bool] = False
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -259,6 +260,11 @@ class Core(nn.Module):
     def weights(self, q: Heads, k: Heads, *, mask: Mask | None = None, causal: bool = False) -> Weights:
         """The matrix whose product with v `forward` gives (plus what `read` adds)."""
         raise NotImplementedError
+
+    def extra(self, how: How) -> dict[str, Any]:
+        """What else `forward` and `weights` are told of a call, by the layer around the core or by a host: which
+        queries are padding, say, or whether these are of another stream than the keys."""
+        return {}
 
     def read(self, weights: Weights, v: Heads) -> Heads:
         """`forward`'s output if ``weights`` were the matrix; override where something is added beside it."""
@@ -374,7 +380,7 @@ class AttentionLayer(Mechanism):
         return q, k, v
 
     def _extra(self, how: How) -> dict[str, Any]:
-        extra: dict[str, Any] = {}
+        extra = self.core.extra(how)
         if isinstance(self.position, Bias):
             extra["bias"] = self.position
         if self.core.takes_grid and how.grid is not None:

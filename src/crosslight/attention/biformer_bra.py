@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from crosslight.attention import grouped
 from crosslight.attention.backbone import Block, Pyramid, initialise, to_map, to_tokens
-from crosslight.attention.base import Core, How
+from crosslight.attention.base import Core
 from crosslight.attention.grouped import Cut
 from crosslight.attention.local import LocalLayer
 from crosslight.cards import Card, Evidence
@@ -80,11 +80,6 @@ class BRALayer(LocalLayer):
     def __init__(self, core: BRA, dim: int, **own: Any) -> None:
         super().__init__(core, dim, kernel=core.lce, name="lce", **own)
 
-    def _extra(self, how: How) -> dict[str, Any]:
-        # Of x itself, padding is known; that of a context says nothing of the queries.
-        asking = None if how.cross else masks.split(how.mask)[1]
-        return super()._extra(how) | {"asking": asking, "cross": how.cross}
-
 
 @register(CARD)
 class BRA(Core):
@@ -116,6 +111,10 @@ class BRA(Core):
         if grid is None:  # as many regions as a map would have
             return Cut(sides, (1, math.ceil(n / count**2)))
         return Cut(sides, (math.ceil(sides[0] / count), math.ceil(sides[1] / count)))
+
+    def extra(self, how):
+        # Of x itself, padding is known; that of a context says nothing of the queries.
+        return {"asking": None if how.cross else masks.split(how.mask)[1], "cross": how.cross}
 
     def forward(self, q, k, v, *, mask=None, causal=False, grid=None, asking=None, cross=False):
         if forced() == "reference":

@@ -122,7 +122,7 @@ class ShortLong(nn.Module):
             pieces.append(piece)
         return torch.cat(pieces, 1)[:, :n]
 
-    def merged(self, n: int) -> tuple[Kernel, Kernel, Float[Tensor, "dim"]]:
+    def merged(self, n: int) -> tuple[Kernel, Kernel, Float[Tensor, " dim"]]:
         """The two branches of evaluation as one kernel of the past, one of the future, and a bias."""
         (scale, bias), (short_scale, short_bias) = _folded(self.norm_long), _folded(self.norm_short)
         sides = []

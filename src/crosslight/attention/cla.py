@@ -123,7 +123,8 @@ class CrossLayerAttention(AttentionLayer):
     @classmethod
     def stack(cls, depth: int, share: int = 2, **options: Any) -> nn.ModuleList:
         """``depth`` layers in groups of ``share``; ``options`` are those of a layer. The last group may be smaller."""
-        expect(share >= 1, "share", share, "a number >= 1")
+        expect(depth >= 1, "depth", depth, "a positive int")
+        expect(share >= 1, "share", share, "a positive int")
         layers: list[CrossLayerAttention] = []
         for i in range(depth):
             layers.append(layers[i - i % share].follower() if i % share else cls(**options))

@@ -24,7 +24,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from crosslight.attention.base import AttentionLayer, Core
 from crosslight.cards import Card, Evidence

@@ -81,7 +81,7 @@ CARD = Card(
 )
 
 
-def prior(length: int, alpha: float, beta: float) -> Float[Tensor, "length"]:
+def prior(length: int, alpha: float, beta: float) -> Float[Tensor, " length"]:
     """The beta-binomial pmf over 0 to ``length`` - 1 steps ahead."""
 
     def log_beta(a: float, b: float) -> float:

@@ -8,8 +8,9 @@ Shi et al., "Trainable Dynamic Mask Sparse Attention", 2025, arXiv 2508.02124 (t
     y_i  = softmax(q_i K[S_i]^T / sqrt(d) + m[S_i]) V[S_i]
 
 The importance m depends on values alone, so a key's rank among the past only ever falls: once out of the best w it
-stays out. A full pass is then a scan over chunks of queries, each reading the w keys that are left from before and
-its own chunk; memory is n w and not n^2, and decoding needs no more than w keys and values. As m is a term of the
+stays out. A full pass is then a scan over blocks of queries, each on the w keys that are left from before and the
+block's own, which are gathered once for all its queries. Their numbers are kept for the backward pass, which gathers
+them and computes the weights again. Decoding needs no more than w keys and values. As m is a term of the
 scores, A and W_dt are trained although the choice has no gradient. A starts at zero: of equal keys the later ones are
 kept, so that the layer starts as a sliding window.
 
@@ -19,18 +20,19 @@ m enters as one more channel of the keys, [q / sqrt(d) ; 1] . [k ; m], so any so
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from crosslight.attention.base import AttentionLayer, LayerCache, head_width
 from crosslight.attention.softmax import Softmax
 from crosslight.cards import Card, Evidence
-from crosslight.engines import dense, masks
+from crosslight.engines import dense, masks, sparse, tiles
 from crosslight.engines.backend import forced
 from crosslight.engines.masks import Mask
 from crosslight.engines.positions import Rotation
@@ -71,7 +73,7 @@ CARD = Card(
     ),
 )
 
-#: Least queries of a chunk.
+#: Queries of a block; more of them on a GPU, where fewer calls matter most.
 CHUNK = 128
 
 
@@ -147,7 +149,7 @@ class DynamicMaskAttention(AttentionLayer):
         if k.shape[2] <= self.window:
             y = attend(q, k, v, how.mask, how.triangular)
         elif how.triangular:
-            y, _ = scan(q, k, v, rank, self.window)
+            y, _ = scan(q, k, v, rank, self.window, masked=how.mask is not None)
         else:
             best = _best(rank, self.window)
             keep = masks.Pairs(_repeated(_take(rank, best) > -math.inf, self.heads)[:, :, None]) if how.mask else None
@@ -157,7 +159,7 @@ class DynamicMaskAttention(AttentionLayer):
     def _weights(self, x, context, how):
         q, k, _, rank = self._parts(x, context, how)
         if how.triangular:
-            keep = _among_best(rank, 0, self.window)
+            keep = _among_best(rank, self.window)
         else:
             keep = torch.zeros_like(rank, dtype=torch.bool).scatter(2, _best(rank, self.window), True)
             keep = (keep & (rank > -math.inf))[:, :, None]
@@ -170,7 +172,7 @@ class DynamicMaskAttention(AttentionLayer):
         length = 0 if cache is None else cache.length
         if not how.cross:
             kept = None if cache is None else cache.state
-            y, state = scan(*self._parts(x, x, how, length), self.window, kept)
+            y, state = scan(*self._parts(x, x, how, length), self.window, kept, how.mask is not None)
             return self._merge(y, x), LayerCache(length + x.shape[1], state)
         if cache is None:
             _, k, v, rank = self._parts(x, context, how)
@@ -182,37 +184,117 @@ class DynamicMaskAttention(AttentionLayer):
         if isinstance(self.position, Rotation):
             q = self.position.rotate(q, offset=length)
         q = _with_channel(q / math.sqrt(self.head_dim), q.new_ones(*q.shape[:3]))
-        keep = masks.Pairs(_repeated(state.importance > -math.inf, self.heads)[:, :, None])
-        y = attend(q, state.keys, state.values, keep)
+        y = _attend_all(q, state)
         return self._merge(y, x), LayerCache(length + x.shape[1], state, cross=True)
 
 
 def scan(
-    q: Tensor, k: Tensor, v: Tensor, rank: Float[Tensor, "batch kv_heads n"], window: int, kept: Kept | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rank: Float[Tensor, "batch kv_heads n"],
+    window: int,
+    kept: Kept | None = None,
+    masked: bool = False,
 ) -> tuple[Tensor, Kept]:
-    """Causal attention of scaled queries on what was kept and on keys at their own positions, chunk by chunk."""
-    if kept is None:
-        kept = Kept(k[:, :, :0], v[:, :, :0], rank[:, :, :0])
-    size, parts = max(CHUNK, window), []
-    again = torch.is_grad_enabled() and q.shape[2] > size  # the backward pass computes chunks again
-    for start in range(0, q.shape[2], size):
-        here = slice(start, start + size)
-        keys, values = torch.cat([kept.keys, k[:, :, here]], 2), torch.cat([kept.values, v[:, :, here]], 2)
-        ranks = torch.cat([kept.importance, rank[:, :, here]], 2)
-        old, queries = kept.keys.shape[2], q[:, :, here]
-        if again:
-            parts.append(checkpoint(_chunk, queries, keys, values, ranks, old, window, use_reentrant=False))
-        else:
-            parts.append(_chunk(queries, keys, values, ranks, old, window))
-        best = _best(ranks, window)
-        kept = Kept(_take(keys, best), _take(values, best), _take(ranks, best))
-    return torch.cat(parts, 2), kept
+    """Causal attention of scaled queries on what was kept and on keys at their own positions.
+
+    ``masked``: whether ranks may be -inf.
+    """
+    if kept is not None:
+        k, v = torch.cat([kept.keys, k], 2), torch.cat([kept.values, v], 2)
+        rank, masked = torch.cat([kept.importance, rank], 2), True
+    best = _best(rank, window)
+    left = Kept(_take(k, best), _take(v, best), _take(rank, best))
+    if q.shape[2] == 1:
+        return _attend_all(q, left), left
+    grouped = q.reshape(k.shape[0] * k.shape[1], -1, *q.shape[2:])
+    k, v, size = k.contiguous(), v.contiguous(), CHUNK if q.device.type == "cpu" else 8 * CHUNK
+    y = _Scan.apply(grouped, k.flatten(0, 1), v.flatten(0, 1), rank.flatten(0, 1), window, size, masked)
+    return y.view(*q.shape[:3], -1), left
 
 
-def _chunk(q: Tensor, k: Tensor, v: Tensor, rank: Tensor, old: int, window: int) -> Tensor:
-    """Queries on ``old`` keys, best last, and on as many new ones as there are queries."""
-    keep = _among_best(rank, old, window)
-    return attend(q, k, v, masks.Pairs(_repeated(keep, q.shape[1])))
+def _attend_all(q: Tensor, kept: Kept) -> Tensor:
+    keep = masks.Pairs(_repeated(kept.importance > -math.inf, q.shape[1])[:, :, None])
+    return attend(q, kept.keys, kept.values, keep)
+
+
+class _Scan(torch.autograd.Function):
+    """Queries (heads, group, n, dim) on keys (heads, m, dim), the last n at the queries' positions. For the backward
+    pass it keeps which keys a block reads, and computes the weights again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, rank: Tensor, window: int, size: int, masked: bool
+    ) -> Tensor:
+        blocks, out = _blocks(rank, q.shape[2], window, size, masked), q.new_empty(*q.shape[:3], v.shape[2])
+        for at, _, tile in _tiles(q, k, v, size, blocks):
+            out[at] = tiles.forward(*tile, False)[0].squeeze(1)
+        ctx.save_for_backward(q, k, v, out, *(t for block in blocks for t in block))
+        ctx.size = size
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *kept = ctx.saved_tensors
+        wide = tiles.working_dtype(q.dtype)
+        delta = torch.linalg.vecdot(grad.to(wide), out.to(wide))
+        by_q, by_k, by_v = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        for at, keys, tile in _tiles(q, k, v, ctx.size, list(zip(kept[::2], kept[1::2], strict=True))):
+            y = tiles.backward(*tile, grad[at].to(wide).unsqueeze(1), delta[at].unsqueeze(1))
+            by_q[at] = y[0].squeeze(1)
+            by_k.flatten(0, 1).index_add_(0, keys, y[1].flatten(0, 2))
+            by_v.flatten(0, 1).index_add_(0, keys, y[2].flatten(0, 2))
+        return by_q, by_k.to(k.dtype), by_v.to(v.dtype), None, None, None, None
+
+
+def _blocks(
+    rank: Float[Tensor, "heads m"], n: int, window: int, size: int, masked: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """For each block of the last ``n`` positions the keys that any of its queries reads, (heads, keys) of all heads'
+    keys in one list: those at its own positions, then those left from before, the worst first. And for the first of
+    these, (heads, some), the query of the block at which they are out of the best; the others stay in."""
+    order = rank.argsort(stable=True)
+    place = order.argsort()  # as `rank`, but no two are equal, and the later ones win
+    first_key = torch.arange(len(rank), device=rank.device)[:, None] * rank.shape[1]
+    kept, blocks = place[:, :-n], []
+    for new in place[:, -n:].split(size, 1):
+        low, rest = kept[:, : new.shape[1]], kept[:, new.shape[1] :]  # of which arrivals can push out none
+        some = torch.cat([new, low], 1)
+        lead = window - kept.shape[1] + torch.searchsorted(low.contiguous(), some, right=True)
+        beaten = (new[:, None] > some[..., None]).cumsum(2)
+        until = torch.searchsorted(beaten, lead[..., None]).squeeze(2)
+        keys = order.gather(1, torch.cat([some, rest], 1))
+        if masked:
+            until = F.pad(until, (0, rest.shape[1]), value=size).masked_fill(rank.gather(1, keys) == -math.inf, 0)
+        blocks.append((keys + first_key, until))
+        kept = torch.cat([kept, new], 1).sort().values[:, -window:]
+    return blocks
+
+
+def _tiles(
+    q: Tensor, k: Tensor, v: Tensor, size: int, blocks: list[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[tuple[slice, slice, slice], Tensor, tuple[Tensor, Tensor, Tensor, tiles.Hidden, tiles.Room]]]:
+    """A few heads of a block at a time: where its queries are, its keys, and what `tiles.forward` takes."""
+    room, dtype = tiles.Room(), tiles.working_dtype(q.dtype)
+    limit = sparse.CHUNK if q.device.type == "cpu" else 64 * sparse.CHUNK
+    most = max(1, limit // (q.shape[1] * size * blocks[-1][0].shape[1]))
+
+    def read(name: str, t: Tensor, keys: Tensor) -> Tensor:
+        taken = room.rows(name, t.flatten(0, 1), keys.flatten()).to(dtype)
+        return taken.view(keys.shape[0], 1, keys.shape[1], t.shape[2])
+
+    for first in range(0, q.shape[0], most):
+        heads = slice(first, first + most)
+        for start, (keys, until) in zip(range(0, q.shape[2], size), blocks, strict=True):
+            at, keys, until = (heads, slice(None), slice(start, start + size)), keys[heads], until[heads, None]
+            row = torch.arange(min(size, q.shape[2] - start), device=q.device)
+            since = F.pad(row, (0, until.shape[2] - len(row)))  # other keys than its own are there from the start
+            seen = (since <= row[:, None]) & (row[:, None] < until)
+            hidden = tiles.Hidden.of(seen[:, None, None], dtype)
+            queries = q[at].to(dtype).unsqueeze(1)
+            yield at, keys.flatten(), (queries, read("k", k, keys), read("v", v, keys), hidden, room)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, causal: bool = False) -> Tensor:
@@ -239,21 +321,9 @@ def _repeated(keep: Tensor, heads: int) -> Tensor:
     return keep if keep.shape[1] == heads else keep.repeat_interleave(heads // keep.shape[1], 1)
 
 
-def _among_best(
-    rank: Float[Tensor, "batch kv_heads keys"], old: int, count: int
-) -> Bool[Tensor, "batch kv_heads new keys"]:
-    """Which keys are among the ``count`` best after each new one: ``old`` keys, best last, and then the new
-    ones, in order of arrival. A later key wins over an equal one."""
-    device, new = rank.device, rank.shape[2] - old
-    arrivals, at = rank[:, :, old:], torch.arange(rank.shape[2], device=device)
-    later = torch.arange(old, old + new, device=device)[:, None] > at
-    # Row a, column j: does arrival a push key j down?
-    wins = (arrivals[..., None] > rank[:, :, None]) | ((arrivals[..., None] == rank[:, :, None]) & later)
-    above = wins.cumsum(2, dtype=torch.int32)
-    if old:  # what was kept is sorted, and all of it came before an arrival
-        best = rank[:, :, :old].contiguous()
-        better = torch.arange(old - 1, -1, -1, device=device).expand_as(best)
-        pushed = old - torch.searchsorted(best, arrivals.contiguous(), right=True)
-        above = above + torch.cat([better, pushed], 2).to(torch.int32)[:, :, None]
-    arrived = torch.arange(old, old + new, device=device)[:, None] >= at
-    return (above < count) & arrived & (rank > -math.inf)[:, :, None]
+def _among_best(rank: Float[Tensor, "batch kv_heads m"], count: int) -> Bool[Tensor, "batch kv_heads m m"]:
+    """Which keys are among the ``count`` best after each arrival. A later key wins over an equal one."""
+    at = torch.arange(rank.shape[2], device=rank.device)
+    arrival, key = rank[..., None], rank[:, :, None]
+    wins = (arrival > key) | ((arrival == key) & (at[:, None] > at))
+    return (wins.cumsum(2, dtype=torch.int32) < count) & (at[:, None] >= at) & (key > -math.inf)

@@ -119,8 +119,9 @@ class EfficientAttention(Core):
             return q / count.clamp(min=1), k, None
         q = q.softmax(-1)
         if not causal:
-            keys = k.transpose(-1, -2)  # the softmax over positions
-            return q, dense.softmax(keys, None if keep is None else keep[:, None, None]).transpose(-1, -2), None
+            if keep is None:  # the softmax over positions
+                return q, k.softmax(-2), None
+            return q, dense.softmax(k.transpose(-1, -2), keep[:, None, None]).transpose(-1, -2), None
         dtype, k = k.dtype, k.to(torch.promote_types(k.dtype, torch.float32))
         lost = None if keep is None else ~keep[:, None, :, None]
         # The maximum is a matter of scale, not of value: it cancels, and no gradient passes it. A masked key, which

@@ -14,18 +14,27 @@ f(s_ij) = phi(q^_i / c) . phi(k^_j) with
 
 so that A is never formed: time O(n d^(p+1)), a state of d (d + 1) / 2 + d + 1 rows. For p = 2, f(s) > 1/2: every row is
 a distribution over all the keys. For p = 1 that holds while |s| < 1.
+
+`step` and p = 1 take these features. For p = 2, `forward` sums products of keys and values, S = sum_j (1, k_j) k_j v_j
+and sum_j v_j (q, k for q^ / c, k^), and a query turns S into a matrix, so that no token has d^2 features to write out:
+
+    T_c(q) = sum_j (1 + c q . k_j) k_j v_j^T        (d, e) a query, one product of (1, c q) and S
+    sum_j f(s_ij) v_j = sum_j v_j + q_i T_1/2(q_i)       its gradient by q_i, from g by the sum:  T_1(q_i) g_i
+
+f is symmetric in q and k, so the gradients by k and v are the same with (q, g) in place of (k, v). Causal attention
+goes in chunks: inside a chunk by scores, what came before it by S. Only q, k and v are kept for the backward pass,
+which carries S forwards once more, for q, and the sums of queries and gradients backwards, for k and v.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from crosslight.attention.base import Core
 from crosslight.cards import Card, Evidence
@@ -61,8 +70,8 @@ CARD = Card(
 )
 
 
-#: Tokens whose features are held at a time.
-SEGMENT = 256
+#: Tokens whose T is held at a time; accelerators take 4 times as many.
+CHUNK = 64
 
 
 @register(CARD)
@@ -90,40 +99,16 @@ class Fastmax(Core):
         keep = masks.split(mask)[1]
         if forced() == "reference":
             return self.weights(q, k, mask=mask, causal=causal) @ dense.repeat_heads(v, q.shape[1])
+        if self.p == 1:
+            features = self._features(q, self.temperature), self._features(k)
+            return linear.attend(*features, v, causal=causal, keep=keep, normalise=True)
         # The sum of the weights is what they read from a value of one.
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
         if keep is not None:
             v = v * keep[:, None, :, None].to(v.dtype)
-        q, k = self._standard(q, self.temperature), dense.repeat_heads(self._standard(k), q.shape[1])
-        v = dense.repeat_heads(v, q.shape[1])
-        wide = torch.promote_types(q.dtype, torch.float32)
-        state = torch.zeros(*q.shape[:2], self._width(), v.shape[3], dtype=wide, device=q.device)
-        pieces = zip(k.split(SEGMENT, 2), v.split(SEGMENT, 2), strict=True)
-        if causal:
-            parts = []
-            for here, (keys, values) in zip(q.split(SEGMENT, 2), pieces, strict=True):
-                part, state = _again(self._segment, here, keys, values, state)
-                parts.append(part)
-        else:
-            for keys, values in pieces:
-                state = _again(self._gathered, keys, values, state)
-            parts = [_again(self._spread, here, state) for here in q.split(SEGMENT, 2)]
-        out = torch.cat(parts, 2)
+        k, v = dense.repeat_heads(self._standard(k), q.shape[1]), dense.repeat_heads(v, q.shape[1])
+        out = _Quadratic.apply(self._standard(q, self.temperature), k, v, causal)
         return out[..., :-1] / torch.where(out[..., -1:] == 0, 1, out[..., -1:])
-
-    # The features are many times as wide as a head, so a segment's are made where they are used, and made again in the
-    # backward pass.
-    def _gathered(self, k: Tensor, v: Tensor, state: Tensor) -> Tensor:
-        return state + (self._expanded(k).transpose(-1, -2) @ v).to(state.dtype)
-
-    def _spread(self, q: Tensor, state: Tensor) -> Tensor:
-        return self._expanded(q) @ state.to(q.dtype)
-
-    def _segment(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Causal: inside the segment by scores, what came before it by the state."""
-        s = q @ k.transpose(-1, -2)
-        scores = 1 + s + s.square() / 2 if self.p == 2 else 1 + s
-        return scores.tril() @ v + self._spread(q, state), self._gathered(k, v, state)
 
     def weights(self, q, k, *, mask=None, causal=False):
         q, k = self._features(q, self.temperature), self._features(k)
@@ -131,10 +116,6 @@ class Fastmax(Core):
 
     def step(self, q, k, v, state, **extra):
         return linear.step(self._features(q, self.temperature), self._features(k), v, state, normalise=True)
-
-    def _width(self) -> int:
-        d = self.head_dim
-        return 1 + d + (d * (d + 1) // 2 if self.p == 2 else 0)
 
     def _standard(self, x: Tensor, temperature: float = 1.0) -> Tensor:
         """Centred over the channels and of length one (or deviation one), over the temperature."""
@@ -153,8 +134,106 @@ class Fastmax(Core):
         return self._expanded(self._standard(x, temperature))
 
 
-def _again(function: Callable[..., Any], *tensors: Tensor) -> Any:
-    """The call; what it keeps for the backward pass is its input alone."""
-    if not torch.is_grad_enabled():
-        return function(*tensors)
-    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+class _Sums:
+    """What tokens x, (heads, n, d), with values v, (heads, n, e), leave to those that read them:
+
+    total = sum_j v_j and S = sum_j (1, x_j) x_j v_j, (heads, 1 + d, d e).
+    """
+
+    def __init__(self, x: Tensor, v: Tensor, size: int, of: list[slice]) -> None:
+        self.x, self.v, self.wide = x, v, torch.promote_types(x.dtype, torch.float32)
+        heads, d, e = x.shape[0], x.shape[2], v.shape[2]
+        self.total = x.new_zeros(heads, 1, e, dtype=self.wide)
+        self.S = x.new_zeros(heads, 1 + d, d * e, dtype=self.wide)
+        # Written again for each chunk: fresh pages take longer than the products.
+        self.buffer = x.new_empty(heads * size * d * e, dtype=self.wide)
+        for part in of:
+            self.add(part)
+
+    def add(self, part: slice) -> None:
+        x, v = self.x[:, part].to(self.wide), self.v[:, part].to(self.wide)
+        outer = torch.mul(x.unsqueeze(3), v.unsqueeze(2), out=self._empty(x))
+        self.S.baddbmm_(_after_one(x).transpose(1, 2), outer.flatten(2))
+        self.total += v.sum(1, keepdim=True)
+
+    def slope(self, x: Tensor) -> Float[Tensor, "heads n d e"]:
+        """T_1(x)."""
+        T = self._empty(x)
+        torch.bmm(_after_one(x), self.S, out=T.flatten(2))
+        return T
+
+    def read(self, x: Tensor, T: Tensor) -> Float[Tensor, "heads n e"]:
+        """total + x T_1/2(x), from T_1(x)."""
+        first = self.S[:, 0].unflatten(1, T.shape[2:])
+        return self.total + ((x.unsqueeze(2) @ T).squeeze(2) + x @ first) / 2
+
+    def _empty(self, x: Tensor) -> Tensor:
+        shape = (*x.shape, self.v.shape[2])
+        return self.buffer[: math.prod(shape)].view(shape)
+
+
+class _Quadratic(torch.autograd.Function):
+    """sum_j f(q_i . k_j) v_j for p = 2, over all keys or, causal, over j <= i."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.causal = causal
+        batch = q.shape[:2]
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        out = v.new_empty(*q.shape[:2], v.shape[2])
+        size = _size(q, k)
+        sums = _Sums(k, v, size, [] if causal else _parts(k, size))
+        for part in _parts(q, size):
+            x = q[:, part].to(sums.wide)
+            here = sums.read(x, sums.slope(x))
+            if causal:
+                s = x @ k[:, part].to(sums.wide).transpose(1, 2)
+                here += (1 + s + s.square() / 2).tril() @ v[:, part].to(sums.wide)
+                sums.add(part)
+            out[:, part] = here
+        return out.unflatten(0, batch)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        batch = grad.shape[:2]
+        q, k, v, grad = (t.flatten(0, 1) for t in (*ctx.saved_tensors, grad))
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        size = _size(q, k)
+        sums = _Sums(k, v, size, [] if ctx.causal else _parts(k, size))
+        for part in _parts(q, size):
+            x, g = q[:, part].to(sums.wide), grad[:, part].to(sums.wide)
+            here = (sums.slope(x) @ g.unsqueeze(3)).squeeze(3)
+            if ctx.causal:
+                y, values = k[:, part].to(sums.wide), v[:, part].to(sums.wide)
+                s = x @ y.transpose(1, 2)
+                ds = ((g @ values.transpose(1, 2)) * (1 + s)).tril()
+                here += ds @ y
+                dk[:, part] = ds.transpose(1, 2) @ x
+                dv[:, part] = (1 + s + s.square() / 2).tril().transpose(1, 2) @ g
+                sums.add(part)
+            dq[:, part] = here
+        sums = _Sums(q, grad, size, [] if ctx.causal else _parts(q, size))
+        for part in reversed(_parts(k, size)):
+            y, values = k[:, part].to(sums.wide), v[:, part].to(sums.wide)
+            T = sums.slope(y)
+            dk[:, part] += (T @ values.unsqueeze(3)).squeeze(3)
+            dv[:, part] += sums.read(y, T)
+            if ctx.causal:
+                sums.add(part)
+        dq, dk, dv = (t.unflatten(0, batch) for t in (dq, dk, dv))
+        return dq, dk, dv, None
+
+
+def _after_one(x: Tensor) -> Tensor:
+    return torch.cat([torch.ones_like(x[..., :1]), x], -1)
+
+
+def _size(q: Tensor, k: Tensor) -> int:
+    return min(CHUNK if q.device.type == "cpu" else 4 * CHUNK, max(q.shape[1], k.shape[1]))
+
+
+def _parts(x: Tensor, size: int) -> list[slice]:
+    """The chunks of the tokens of x."""
+    return [slice(i, min(i + size, x.shape[1])) for i in range(0, x.shape[1], size)]

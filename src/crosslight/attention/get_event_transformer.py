@@ -20,6 +20,7 @@ convolution, whose groups overlap, halves the groups and doubles the channels, a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,7 +34,7 @@ from crosslight.attention.backbone import Mlp, Pyramid, initialise, to_map, to_t
 from crosslight.attention.base import Mechanism
 from crosslight.attention.grouped import Cut
 from crosslight.cards import Card, Evidence
-from crosslight.engines import dense, masks
+from crosslight.engines import dense, masks, sparse, tiles
 from crosslight.engines.positions import Grid
 from crosslight.errors import expect
 from crosslight.registry import register
@@ -198,17 +199,67 @@ class GroupEventAttention(Mechanism):
         return grouped.of_offsets(self.group_bias((inside, self.groups)), dc, dg)[None]
 
     def _between_channels(self, y: Stream, mask: Tensor | None, members: Int[Tensor, "windows places"]) -> Stream:
-        q, k, v = self._channels(y, mask, members)
-        bias = self._group_bias()
-
-        def part(start: int, stop: int) -> Tensor:
-            windows = slice(start, stop)
-            return dense.attend(q[windows], k[windows], v[windows], bias=bias, scale=1.0).movedim(0, 2)
-
-        # A window has C x C scores a head, far more than it has numbers: some windows at a time.
-        z = dense.by_rows(part, len(q), self.window * self.dim**2).movedim(2, 0)
+        q, k, v = (t.transpose(0, 1) for t in self._channels(y, mask, members))
+        z = _OfChannels.apply(q, k, v, self._group_bias()[0]).transpose(0, 1)
         z = self.group_out(z.transpose(1, 2).flatten(2)).mT.unflatten(0, (len(y), -1))
         return grouped.put_back(z[:, None], members, y.shape[1]).squeeze(1)
+
+
+class _OfChannels(torch.autograd.Function):
+    """softmax(q k^T + bias) v; q, k, v (heads, windows, dim, places), bias (heads, dim, dim).
+
+    A window has dim^2 scores a head, far more than it has numbers: they are held for a few windows at a time and
+    computed again in the backward pass. As they lie between -1 and 17, exp needs no maximum. Sums and differences of
+    rows come out of the products, by a place more: of ones, or what is subtracted.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, bias):
+        with torch.autocast(q.device.type, enabled=False):
+            out, room = torch.empty_like(q), tiles.Room()
+            lse = torch.empty_like(q[..., :1], dtype=tiles.working_dtype(q.dtype))
+            for part in _parts(q):
+                q_, k_, v_ = (t[part].flatten(0, 1).to(lse.dtype) for t in (q, k, v))
+                y = torch.bmm(_exponentials(q_, k_, bias[part[0]].to(lse.dtype), room), F.pad(v_, (0, 1), value=1.0))
+                y, total = y[..., :-1], y[..., -1:]
+                out[part], lse[part] = (y / total).view_as(out[part]), total.log().view_as(lse[part])
+        ctx.save_for_backward(q, k, v, bias, out, lse)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad):
+        q, k, v, bias, out, lse = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            by_q, by_k, by_v, room = *(torch.empty_like(t) for t in (q, k, v)), tiles.Room()
+            by_bias = torch.zeros_like(bias, dtype=lse.dtype)
+            for part in _parts(q):
+                q_, k_, v_, g_, y_ = (t[part].flatten(0, 1).to(lse.dtype) for t in (q, k, v, grad, out))
+                less = torch.cat([q_, -lse[part].flatten(0, 1)], -1)
+                weights = _exponentials(less, F.pad(k_, (0, 1), value=1.0), bias[part[0]].to(lse.dtype), room)
+                by_v[part] = torch.bmm(weights.mT, g_).view_as(by_v[part])
+                less = torch.cat([g_, -torch.linalg.vecdot(g_, y_)[..., None]], -1)
+                by_score = room.bmm("by_score", less, F.pad(v_, (0, 1), value=1.0).mT).mul_(weights)
+                by_q[part] = torch.bmm(by_score, k_).view_as(by_q[part])
+                by_k[part] = torch.bmm(by_score.mT, q_).view_as(by_k[part])
+                by_bias[part[0]] += by_score.unflatten(0, q[part].shape[:2]).sum(1)
+        return by_q, by_k, by_v, by_bias.to(bias.dtype)
+
+
+def _parts(q: Tensor) -> list[tuple[slice, slice]]:
+    """Slices of heads and windows: several heads of all windows, or one head of some."""
+    heads, windows, dim, _ = q.shape
+    room = max(1, (dense.CHUNK if q.is_cuda else sparse.CHUNK) // dim**2)
+    several, some = max(1, room // windows), min(room, windows)
+    firsts = itertools.product(range(0, heads, several), range(0, windows, some))
+    return [(slice(h, min(h + several, heads)), slice(w, min(w + some, windows))) for h, w in firsts]
+
+
+def _exponentials(q: Tensor, k: Tensor, bias: Float[Tensor, "heads dim dim"], room: tiles.Room) -> Tensor:
+    """exp(q k^T + bias), (heads * windows, dim, dim)."""
+    scores = room.bmm("scores", q, k.mT)
+    scores.unflatten(0, (len(bias), -1)).add_(bias[:, None])
+    return scores.exp_()
 
 
 def histograms(

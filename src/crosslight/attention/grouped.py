@@ -77,7 +77,7 @@ class Cut:
 
 def of_offsets(
     table: Float[Tensor, "heads offsets offsets"], dy: Int[Tensor, "*pairs"], dx: Int[Tensor, "*pairs"]
-) -> Float[Tensor, "heads *pairs"]:
+) -> Float[Tensor, " heads *pairs"]:
     """The entries of a table of the offsets 1 - side to side - 1 on both axes."""
     index = (dy + table.shape[1] // 2) * table.shape[2] + dx + table.shape[2] // 2
     return table.flatten(1).index_select(1, index.flatten()).unflatten(1, index.shape)

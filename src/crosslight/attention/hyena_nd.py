@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from crosslight.attention.backbone import Block, initialise, to_tokens
 from crosslight.attention.base import How, Mechanism
@@ -68,6 +69,10 @@ CARD = Card(
         options={"reach": 8},
     ),
 )
+
+
+#: Elements of the map that are convolved at a time.
+CHUNK = 1 << 18
 
 
 class Sine(nn.Module):
@@ -118,6 +123,8 @@ class Filter(nn.Module):
             z = torch.cat([t.unsqueeze(1), angle.cos(), -angle.sin()], 1).view(*shape, -1)
             features.append(z.expand(*sides, -1))
             window = window + t.view(*shape, 1) * delta[axis].abs().to(weight.device, wide)
+        # No window so small that arithmetic on it is slow.
+        window = window.clamp(max=-math.log(torch.finfo(wide).tiny) / 2)
         return self.mlp(torch.cat(features, -1).to(weight.dtype)) * torch.exp(-window).to(weight.dtype)
 
 
@@ -187,19 +194,35 @@ class HyenaND(Mechanism):
             k = self.filters[0](height, width)
         return k.permute(2, 0, 1)
 
-    def placed(self, grid: tuple[int, int], causal: bool) -> tuple[Kernel, tuple[int, int]]:
+    def placed(self, k: Kernel, causal: bool) -> tuple[Kernel, tuple[int, int]]:
         """The kernel over all offsets that it reaches, and where the offset (0, 0) is in it."""
-        k, (height, width) = self.kernel(*grid), grid
+        height, width = k.shape[1:]
         if causal:
             return k, (0, 0)
         if self.sides is None:
             down, right = self.quadrant >= 2, self.quadrant % 2 == 1
             turned = k.flip([axis for axis, turn in ((1, down), (2, right)) if turn])
             return turned, (down * (height - 1), right * (width - 1))
-        # Summed after the linear merge, which is the merge of the four convolutions.
-        above = torch.stack([F.pad(k, (width - 1, 0)), F.pad(k.flip(2), (0, width - 1))])
-        rows = [F.pad(above, (0, 0, height - 1, 0)), F.pad(above.flip(2), (0, 0, 0, height - 1))]
-        return (self.sides.view(4, 1, 1, 1) * torch.cat(rows)).sum(0), (height - 1, width - 1)
+        # The linear merge of the four convolutions, as one kernel.
+        a, b, c, d = (
+            F.pad(side * turned, (0, width - 1) if i % 2 else (width - 1, 0))
+            for i, (side, turned) in enumerate(zip(self.sides, (k, k.flip(2)) * 2, strict=True))
+        )
+        above = F.pad((c + d).flip(1), (0, 0, 0, height - 1))
+        return F.pad(a + b, (0, 0, height - 1, 0)) + above, (height - 1, width - 1)
+
+    def _convolved(self, u: Float[Tensor, "batch dim height width"], causal: bool) -> Tensor:
+        """A few channels at a time: the spectra, much larger than u, are computed again in the backward pass."""
+        grid = (u.shape[2], u.shape[3])
+
+        def part(u: Tensor, k: Tensor) -> Tensor:
+            return recurrent.fft_conv2d(u, *self.placed(k, causal))
+
+        some = max(1, CHUNK // u[:, 0].numel())
+        parts = list(zip(u.split(some, 1), self.kernel(*grid).contiguous().split(some), strict=True))
+        if len(parts) == 1 or not torch.is_grad_enabled():
+            return torch.cat([part(*each) for each in parts], 1)
+        return torch.cat([checkpoint(part, *each, use_reentrant=False, preserve_rng_state=False) for each in parts], 1)
 
     def _parts(self, x: Stream, how: How) -> tuple[Stream, Stream, Stream, tuple[int, int]]:
         """x0, x1 (zero at masked tokens), v, and the grid."""
@@ -207,12 +230,11 @@ class HyenaND(Mechanism):
         x = x if keep is None else x.masked_fill(~keep.unsqueeze(-1), 0)
         p = self.into(x)
         p = p if keep is None else p.masked_fill(~keep.unsqueeze(-1), 0)
-        if how.causal:
-            grid = (1, x.shape[1])
-            p = self._trailing(F.pad(p, (0, 0, 2, 0)))
+        expect(how.grid is None or len(how.grid) == 2, "grid", how.grid, "(height, width), or None for a line")
+        grid = (1, x.shape[1]) if how.grid is None or how.causal else (how.grid[0], how.grid[1])
+        if grid[0] == 1:
+            p = self._trailing(F.pad(p, (0, 0, 2, 0) if how.causal else (0, 0, 1, 1)))
         else:
-            expect(how.grid is None or len(how.grid) == 2, "grid", how.grid, "(height, width), or None for a line")
-            grid = (1, x.shape[1]) if how.grid is None else (how.grid[0], how.grid[1])
             p = to_tokens(self.short(p.transpose(1, 2).unflatten(2, grid)))[0]
         x0, x1, v = p.chunk(3, -1)
         return x0, x1 if keep is None else x1.masked_fill(~keep.unsqueeze(-1), 0), v, grid
@@ -220,17 +242,18 @@ class HyenaND(Mechanism):
     def _trailing(self, p: Tensor) -> Tensor:
         """The short convolution's middle row, ending at each token, of tokens that begin two earlier."""
         row = self.short.weight[:, :, 1]
-        return F.conv1d(p.transpose(1, 2), row, self.short.bias, groups=row.shape[0]).transpose(1, 2)
+        # A copy, as the operator would make one in each pass.
+        return F.conv1d(p.transpose(1, 2).contiguous(), row, self.short.bias, groups=row.shape[0]).transpose(1, 2)
 
     def _forward(self, x, context, how):
         x0, x1, v, grid = self._parts(x, how)
         u = x1 * v
-        y = recurrent.fft_conv2d(u.transpose(1, 2).unflatten(2, grid), *self.placed(grid, how.causal))
+        y = self._convolved(u.transpose(1, 2).unflatten(2, grid), how.causal)
         return self.out(x0 * (to_tokens(y)[0] + self.skip * u))
 
     def _weights(self, x, context, how):
         x0, x1, _, grid = self._parts(x, how)
-        k, centre = self.placed(grid, how.causal)
+        k, centre = self.placed(self.kernel(*grid), how.causal)
         a = recurrent.toeplitz2d(k, grid, centre) + torch.diag_embed(self.skip.unsqueeze(1).expand(-1, x.shape[1]))
         return x0.transpose(1, 2).unsqueeze(3) * a * x1.transpose(1, 2).unsqueeze(2)
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crosslight.attention.base import How, Mechanism
-from crosslight.attention.selective import ScanState, SelectiveScan
+from crosslight.attention.selective import ScanState, SelectiveScan, recomputed
 from crosslight.cards import Card, Evidence
 from crosslight.engines import dense, masks, recurrent, sparse
 from crosslight.engines.dense import repeat_heads
@@ -72,6 +72,10 @@ CARD = Card(
         baseline_options={"kernel_size": 16, "position": "rope"},
     ),
 )
+
+
+#: Tokens that are normed and fused at a time: the backward pass computes these again.
+TOKENS = 1024
 
 
 @dataclass
@@ -143,8 +147,8 @@ class Hymba(Mechanism):
         near = None if self.window is None else masks.window(self.window - 1) | masks.sink(sinks)
         return masks.join(near, None if keep is None else masks.keys(keep))
 
-    def fuse(self, attended: Heads, scanned: Stream) -> Stream:
-        parts = attended.transpose(1, 2).flatten(2), scanned
+    def fuse(self, attended: Heads, scanned: Stream, z: Stream) -> Stream:
+        parts = attended.transpose(1, 2).flatten(2), scanned * F.silu(z)
         normed = (beta * F.rms_norm(y, (self.inner,), eps=1e-6) for beta, y in zip(self.beta, parts, strict=True))
         return self.out(sum(normed))
 
@@ -153,7 +157,8 @@ class Hymba(Mechanism):
         kv = self.keys_values(s) if kv is None else kv
         attended = sparse.attend(self.queries(s), *kv, mask=self.mask(sinks, keep), causal=True)
         x, z = self.xz(s).chunk(2, -1)
-        return self.fuse(attended, self.scan(x, keep) * F.silu(z)), kv
+        parts = (t.split(TOKENS, d) for t, d in ((attended, 2), (self.scan(x, keep), 1), (z, 1)))
+        return torch.cat([recomputed(self.fuse, *part) for part in zip(*parts, strict=True)], 1), kv
 
     def after(self, s: Stream, kv: KV) -> HymbaCache:
         """The cache after a stream of sinks."""
@@ -171,7 +176,7 @@ class Hymba(Mechanism):
         attended = dense.attend(self.queries(s, length), *kv)
         x, z = self.xz(s).chunk(2, -1)
         y, state = self.scan.step(x, None if cache is None else cache.scan)
-        return self.fuse(attended, y * F.silu(z)), HymbaCache(length + 1, kv, state)
+        return self.fuse(attended, y, z), HymbaCache(length + 1, kv, state)
 
     def _slid(self, old: Tensor, fresh: Tensor, sinks: int) -> Tensor:
         """The sinks, and the window with its newest token."""
@@ -214,7 +219,7 @@ class Hymba(Mechanism):
         u = self.scan.values(inner, keep)
         y = recurrent.selective_scan(u * first.unsqueeze(1), *self.scan.select(u, keep))[0] + self.scan.D * u
         tokens = (weights[:, self.heads :] @ u[:, self.sinks :].transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2)
-        return self.fuse(attended, (y[:, self.sinks :] + tokens) * F.silu(z[:, self.sinks :]))
+        return self.fuse(attended, y[:, self.sinks :] + tokens, z[:, self.sinks :])
 
     def _step(self, x, cache, context, how):
         if cache is None and self.meta is not None:

@@ -126,7 +126,7 @@ class SoftImage(nn.Module):
         self.prompt = nn.Parameter(0.02 * torch.randn(tokens, dim))
 
     def forward(
-        self, image: Float[Tensor, "batch tokens dim"], replace: Bool[Tensor, "batch"]
+        self, image: Float[Tensor, "batch tokens dim"], replace: Bool[Tensor, " batch"]
     ) -> Float[Tensor, "batch tokens dim"]:
         """The image, or the prompt where ``replace`` is True."""
         return torch.where(replace[:, None, None], self.prompt, image)

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crosslight.attention.base import AttentionLayer, Core
+from crosslight.attention.base import Core
 from crosslight.cards import Card, Evidence
 from crosslight.engines import dense, masks, routed, sparse
 from crosslight.engines.backend import forced
@@ -70,7 +70,7 @@ CARD = Card(
 
 
 def insert(
-    x: Float[Tensor, "batch n dim"], landmark: Float[Tensor, "dim"], block: int
+    x: Float[Tensor, "batch n dim"], landmark: Float[Tensor, " dim"], block: int
 ) -> Float[Tensor, "batch n_and_landmarks dim"]:
     """x with a landmark after each ``block`` tokens; none after an unfinished block."""
     batch, n, dim = x.shape
@@ -107,13 +107,6 @@ def grouped_softmax(
     return F.pad(inner * shares[..., None], (0, 1))
 
 
-class LandmarkLayer(AttentionLayer):
-    """Tells the core which calls are cross-attention, where queries have no block of their own."""
-
-    def _extra(self, how):
-        return {**super()._extra(how), "cross": how.cross}
-
-
 @register(CARD)
 class LandmarkAttention(Core):
     """Grouped softmax; q (batch, heads, n, d), k and v (batch, kv_heads, m, d).
@@ -124,7 +117,6 @@ class LandmarkAttention(Core):
     """
 
     grouped = True
-    layer = LandmarkLayer
 
     def __init__(self, heads: int, head_dim: int, block: int = 50, top_k: int | None = None) -> None:
         super().__init__(heads, head_dim)
@@ -133,7 +125,7 @@ class LandmarkAttention(Core):
         self.block, self.size, self.top_k = block, block + 1, top_k
 
     def _seen(
-        self, i: Int[Tensor, "rows"], block: Int[Tensor, "#batch #heads #rows slots"], keep, m: int, causal: bool
+        self, i: Int[Tensor, " rows"], block: Int[Tensor, "#batch #heads #rows slots"], keep, m: int, causal: bool
     ) -> Bool[Tensor, "#batch #heads rows slots size"]:
         """Which keys of the given blocks (-1 for none) the queries at i may read."""
         j = block[..., None] * self.size + torch.arange(self.size, device=i.device)
@@ -241,6 +233,9 @@ class LandmarkAttention(Core):
         scores = torch.einsum("bhrd,bhrsld->bhrsl", q / math.sqrt(q.shape[-1]), k)
         weights = grouped_softmax(scores, self._seen(i, block, keep, m, causal), direct)
         return torch.einsum("bhrsl,bhrsld->bhrd", weights, v)
+
+    def extra(self, how):
+        return {"cross": how.cross}  # queries of another stream have no block of their own
 
     def forward(self, q, k, v, *, mask=None, causal=False, cross=False, offset=0):
         keep, m, size = masks.split(mask)[1], k.shape[2], self.size

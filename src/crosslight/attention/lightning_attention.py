@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crosslight.attention.base import AttentionLayer, Core, How
+from crosslight.attention.base import AttentionLayer, Core
 from crosslight.cards import Card, Evidence
 from crosslight.engines import linear, masks
 from crosslight.errors import expect
@@ -72,9 +72,6 @@ class LightningLayer(AttentionLayer):
     def _keys(self, context):
         return F.silu(super()._keys(context))
 
-    def _extra(self, how: How) -> dict[str, Any]:
-        return super()._extra(how) | {"decaying": not how.cross}
-
     def _merge(self, y, x):
         y = y.transpose(1, 2).flatten(2)
         return self.out(F.rms_norm(y, y.shape[-1:], eps=1e-12) * self.gate(x))
@@ -114,6 +111,9 @@ class LightningAttention(Core):
                 f"a number from 0 to 1, or {heads} of them",
             )
             self.log_decay = [math.log(max(x, 1e-300)) for x in given]
+
+    def extra(self, how):
+        return {"decaying": not how.cross}
 
     def forward(self, q, k, v, *, mask=None, causal=False, decaying=True):
         keep = masks.split(mask)[1]

@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from crosslight.attention.base import AttentionLayer, Core, How
+from crosslight.attention.base import Core
 from crosslight.cards import Card, Evidence
 from crosslight.engines import dense, linear, masks, sparse
 from crosslight.engines.cache import KVCache
@@ -77,11 +77,14 @@ class LLNState:
     block: KVCache | None
 
 
-class LLNLayer(AttentionLayer):
-    """The layer around `LLNAttention`, which tells it where blocks have a meaning."""
-
-    def _extra(self, how: How) -> dict[str, Any]:
-        return super()._extra(how) | {"near": not how.cross}
+def _deviation(x: Heads, keep: Bool[Tensor, "batch n"] | None) -> Float[Tensor, ""]:
+    """The standard deviation of all entries of the tokens that are kept."""
+    if keep is None:
+        return x.std(correction=0)
+    seen = keep[:, None, :, None].to(x.dtype).expand_as(x)
+    count = seen.sum().clamp(min=1)
+    mean = (x * seen).sum() / count
+    return (((x - mean) * seen).square().sum() / count).sqrt()
 
 
 @register(CARD)
@@ -93,7 +96,6 @@ class LLNAttention(Core):
         mix: share of the blocks in the output.
     """
 
-    layer = LLNLayer
     sigma: Tensor
     batches: Tensor
 
@@ -106,17 +108,21 @@ class LLNAttention(Core):
         self.register_buffer("sigma", torch.ones(2))  # of queries and of keys
         self.register_buffer("batches", torch.zeros(()))
 
-    def forward(self, q, k, v, *, mask=None, causal=False, near=True):
+    def extra(self, how):
+        # Blocks have a meaning, and padding of the queries is known, where these are of the stream that is read.
+        return {"near": not how.cross, "asking": None if how.cross else masks.split(how.mask)[1]}
+
+    def forward(self, q, k, v, *, mask=None, causal=False, near=True, asking=None):
         keep = masks.split(mask)[1]
         if self.training:
-            self._observe(q, k, keep)
+            self._observe(q, k, asking, keep)
         a, b, decay = self._features(q, k, keep, causal)
         y = linear.attend(a, b, v, causal=causal, keep=keep, log_decay=decay, normalise=True)
         if not (near and self.block):
             return y
         return torch.lerp(y, sparse.attend(q, k, v, mask=self._blocks(mask), causal=causal), self.mix)
 
-    def weights(self, q, k, *, mask=None, causal=False, near=True):
+    def weights(self, q, k, *, mask=None, causal=False, near=True, asking=None):
         keep = masks.split(mask)[1]
         a, b, decay = self._features(q, k, keep, causal)
         p = linear.weights(a, b, causal=causal, keep=keep, log_decay=decay, normalise=True)
@@ -149,14 +155,12 @@ class LLNAttention(Core):
         return s / sigma[0], s / sigma[1]
 
     @torch.no_grad()
-    def _observe(self, q: Heads, k: Heads, keep: Bool[Tensor, "batch m"] | None) -> None:
+    def _observe(
+        self, q: Heads, k: Heads, asking: Bool[Tensor, "batch n"] | None, keep: Bool[Tensor, "batch m"] | None
+    ) -> None:
         self.batches += 1
         share = (1 / self.batches).clamp(min=MOMENTUM)
-        seen = torch.ones_like(k) if keep is None else keep[:, None, :, None].to(k.dtype).expand_as(k)
-        count = seen.sum().clamp(min=1)
-        mean = (k * seen).sum() / count
-        deviation = (((k - mean) * seen).square().sum() / count).sqrt()
-        self.sigma += share * (torch.stack([q.std(correction=0), deviation]) - self.sigma)
+        self.sigma += share * (torch.stack([_deviation(q, asking), _deviation(k, keep)]) - self.sigma)
 
     def _query_features(self, q: Heads, alpha: Tensor) -> Heads:
         wide = alpha * q.to(alpha.dtype)

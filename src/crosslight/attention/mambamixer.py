@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from crosslight.attention.base import How, Mechanism
-from crosslight.attention.selective import ScanState, SelectiveScan
+from crosslight.attention.selective import ScanState, SelectiveScan, project, recomputed
 from crosslight.cards import Card, Evidence
 from crosslight.engines import masks
 from crosslight.engines.positions import Grid
@@ -72,12 +73,18 @@ CARD = Card(
 )
 
 
-def order(n: int, direction: int, grid: Grid | None, device: torch.device) -> Tensor:
-    """The tokens in the order of a scan: forwards, backwards, and both along the columns."""
-    place = torch.arange(n, device=device)
+#: Elements of a step of the scans along the channels: of so many tokens at a time, over inner channels and states.
+LANES = 1 << 13
+
+
+def turned(x: Tensor, direction: int, grid: Grid | None, dim: int = 1, *, back: bool = False) -> Tensor:
+    """The tokens in the order of a scan, forwards, backwards, and both along the columns; or ``back`` from it."""
+    if back and direction % 2:
+        x = x.flip(dim)
     if direction >= 2 and grid is not None:
-        place = place.view(grid[0], -1).T.flatten()
-    return place.flip(0) if direction % 2 else place
+        rows = x.shape[dim] // grid[0] if back else grid[0]
+        x = x.unflatten(dim, (rows, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+    return x if back or not direction % 2 else x.flip(dim)
 
 
 class SelectiveMixer(nn.Module):
@@ -96,31 +103,34 @@ class SelectiveMixer(nn.Module):
         )
         self.out_proj = nn.Linear(self.inner, width, bias=False)
 
-    def _each(self, n: int, grid: Grid | None, causal: bool, device: torch.device) -> list[tuple[Any, Tensor, Tensor]]:
-        """Scans with the order of the tokens, and with the places to which it sends them."""
-        scans = list(self.scans)[:1] if causal else list(self.scans)
-        orders = [order(n, i, grid, device) for i in range(len(scans))]
-        return [(scan, there, there.argsort()) for scan, there in zip(scans, orders, strict=True)]
+    def _each(self, causal: bool) -> list[tuple[int, Any]]:
+        """The scans and their directions."""
+        return list(enumerate(self.scans))[: 1 if causal else None]
 
     def forward(self, x: Stream, keep: Keep | None = None, *, grid: Grid | None = None, causal: bool = False) -> Stream:
-        x, z = self.in_proj(x).chunk(2, -1)
-        y = torch.zeros_like(x)
-        for scan, there, back in self._each(x.shape[1], grid, causal, x.device):
-            y = y + scan(x[:, there], None if keep is None else keep[:, there])[:, back]
-        return self.out_proj(y * F.silu(z))
+        x, z = project(self.in_proj, x, (self.inner, self.inner))
+        ys = []
+        for i, scan in self._each(causal):
+            y = scan(turned(x, i, grid), None if keep is None else turned(keep, i, grid))
+            ys.append(turned(y, i, grid, back=True))
+        return recomputed(self._gated, sum(ys[1:], ys[0]), z)
+
+    def _gated(self, y: Stream, z: Stream) -> Stream:
+        return project(self.out_proj, y * F.silu(z), (self.out_proj.out_features,))[0]
 
     def weights(self, x: Stream, keep: Keep | None, grid: Grid | None, causal: bool) -> Float[Tensor, "batch c n n"]:
         x, found = self.in_proj(x).chunk(2, -1)[0], []
-        for scan, there, back in self._each(x.shape[1], grid, causal, x.device):
-            a = scan.weights(x[:, there], None if keep is None else keep[:, there])
-            found.append(a[:, :, back][:, :, :, back])
+        for i, scan in self._each(causal):
+            a = scan.weights(turned(x, i, grid), None if keep is None else turned(keep, i, grid))
+            found.append(turned(turned(a, i, grid, 2, back=True), i, grid, 3, back=True))
         return torch.cat(found, 1)
 
     def read(self, weights: Tensor, x: Stream, keep: Keep | None, grid: Grid | None, causal: bool) -> Stream:
         x, z = self.in_proj(x).chunk(2, -1)
-        y, each = torch.zeros_like(x), self._each(x.shape[1], grid, causal, x.device)
-        for (scan, there, back), a in zip(each, weights.chunk(len(each), 1), strict=True):
-            v = scan.values(x[:, there], None if keep is None else keep[:, there])[:, back]
+        y, each = torch.zeros_like(x), self._each(causal)
+        for (i, scan), a in zip(each, weights.chunk(len(each), 1), strict=True):
+            v = scan.values(turned(x, i, grid), None if keep is None else turned(keep, i, grid))
+            v = turned(v, i, grid, back=True)
             y = y + (a @ v.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2) + scan.D * v
         return self.out_proj(y * F.silu(z))
 
@@ -132,18 +142,32 @@ class SelectiveMixer(nn.Module):
 
 
 class ChannelMixer(nn.Module):
-    """The mixer along the channels of (batch, n, dim), both ways; ``tokens`` as for `MambaMixer`."""
+    """The mixer along the channels of (batch, n, dim), both ways; ``tokens`` as for `MambaMixer`.
+
+    Tokens that are mixed by themselves go through it some at a time, and again in the backward pass: what a scan
+    selects by takes 2 * states + 1 times the room of x.
+    """
 
     def __init__(self, dim: int, tokens: int | None, **own: int) -> None:
         super().__init__()
         self.tokens, self.norm = tokens, nn.LayerNorm(dim)
         self.mix = SelectiveMixer(1 if tokens is None else tokens, 2, **own)
+        self.lanes = own["expand"] * own["states"]
 
     def forward(self, x: Stream, keep: Keep | None = None) -> Stream:
         if self.tokens is None:
-            return self.mix(self.norm(x).flatten(0, 1).unsqueeze(2)).view_as(x)
+            room = LANES if x.device.type == "cpu" else 64 * LANES
+            parts = x.flatten(0, 1).split(max(1, room // self.lanes))
+            if len(parts) == 1 or not torch.is_grad_enabled():
+                return torch.cat([self._each(part) for part in parts]).view_as(x)
+            ys = [checkpoint(self._each, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+            return torch.cat(ys).view_as(x)
         x = self.norm(x) if keep is None else self.norm(x).masked_fill(~keep.unsqueeze(-1), 0)
         return self.mix(x.transpose(1, 2)).transpose(1, 2)
+
+    def _each(self, x: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens dim"]:
+        """Every token by itself; in memory the tokens are innermost in between."""
+        return self.mix(self.norm(x).T.contiguous().T.unsqueeze(2)).squeeze(2)
 
 
 @register(CARD)

@@ -10,7 +10,7 @@ The atoms D^p of a kind are shared by all L layers of a model, the S numbers c_l
 weights a kind in place of L d d_p. S = L / 3 saves two thirds. Atoms and coefficients are trained together, from
 scratch, by the usual optimiser. Biases stay each layer's own.
 
-    layers = crosslight.create("masa", dim=256, heads=8, atoms=4).stack(12)       # 12 layers, one dictionary a kind
+    layers = MatrixAtomSharing.stack(12, dim=256, heads=8, atoms=4)               # 12 layers, one dictionary a kind
     layers = MatrixAtomSharing.converted(trained, atoms=4)                        # matrix PCA of trained layers
 
 `converted` takes the best approximation of rank S of the L flattened matrices: atoms are right singular vectors,
@@ -22,7 +22,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -144,10 +144,12 @@ class MatrixAtomSharing(AttentionLayer):
             setattr(other, name, new.to(old.weight))
         return other
 
-    def stack(self, depth: int) -> nn.ModuleList:
-        """This layer and ``depth - 1`` siblings."""
+    @classmethod
+    def stack(cls, depth: int, **options: Any) -> nn.ModuleList:
+        """``depth`` layers on the same dictionaries; ``options`` are those of a layer."""
         expect(depth >= 1, "depth", depth, "a positive int")
-        return nn.ModuleList([self, *(self.sibling() for _ in range(depth - 1))])
+        first = cls(**options)
+        return nn.ModuleList([first, *(first.sibling() for _ in range(depth - 1))])
 
     @classmethod
     def converted(

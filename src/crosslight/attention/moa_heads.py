@@ -70,13 +70,13 @@ CARD = Card(
 class Tiles:
     """Pairs in tiles of ``size`` rows: row of each pair, pair of each row (0 if empty), expert of each tile."""
 
-    row: Int[Tensor, "pairs"]
-    pair: Int[Tensor, "rows"]
-    expert: Int[Tensor, "tiles"]
+    row: Int[Tensor, " pairs"]
+    pair: Int[Tensor, " rows"]
+    expert: Int[Tensor, " tiles"]
     size: int
 
     @classmethod
-    def of(cls, expert: Int[Tensor, "pairs"], experts: int) -> Tiles:
+    def of(cls, expert: Int[Tensor, " pairs"], experts: int) -> Tiles:
         pairs, device = expert.numel(), expert.device
         # Their number must not depend on data; small tiles bound what is left empty in them.
         size = max(1, pairs // (2 * experts))

@@ -216,7 +216,7 @@ def transition_loss(
     embedding: Float[Tensor, "items dim"],
     counts: Float[Tensor, "rows items"],
     tau: float = 0.1,
-    rows: Int[Tensor, "rows"] | None = None,
+    rows: Int[Tensor, " rows"] | None = None,
 ) -> Tensor:
     """The loss of TED, mean over the items ``rows`` (all unless given), whose rows of transitions are ``counts``."""
     e = embedding if rows is None else embedding[rows]

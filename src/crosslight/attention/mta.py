@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crosslight.attention.base import AttentionLayer, Core, How, LayerCache
+from crosslight.attention.base import AttentionLayer, Core, LayerCache
 from crosslight.cards import Card, Evidence
 from crosslight.engines import dense, masks
 from crosslight.engines.backend import forced
@@ -80,11 +80,6 @@ class MultiTokenLayer(AttentionLayer):
         super().__init__(core, dim, **own)
         self.norm = nn.RMSNorm(self.head_dim, eps=1e-5) if core.norm else None
         self.gate = nn.Linear(self.head_dim, 1) if core.gate else None
-
-    def _extra(self, how: How) -> dict[str, Any]:
-        # Padding of x itself: its queries must not enter the convolution.
-        asks = None if how.cross else masks.split(how.mask)[1]
-        return super()._extra(how) | ({} if asks is None else {"asks": asks})
 
     def _merge(self, y, x):
         if self.norm is not None:
@@ -217,6 +212,11 @@ class MultiTokenAttention(Core):
             maps = convolved(maps)
             maps = maps if here is None else maps.masked_fill(~here, 0.0)
         return self._mix_heads(maps) if self.mixing == "post" else maps
+
+    def extra(self, how):
+        # Padding of x itself: its queries must not enter the convolution.
+        asks = None if how.cross else masks.split(how.mask)[1]
+        return {} if asks is None else {"asks": asks}
 
     def weights(self, q, k, *, mask=None, causal=False, asks=None):
         return self._rows(q, k, mask, causal, asks=asks)

@@ -71,7 +71,7 @@ class OfHeads(Mask):
     """A rule for some of the heads: head h of these is head ``heads[h]`` of the rule."""
 
     inner: Mask
-    heads: Int[Tensor, "heads"]
+    heads: Int[Tensor, " heads"]
 
     def visible(self, b, h, i, j):
         return self.inner.visible(b, self.heads[h], i, j)

@@ -78,6 +78,7 @@ class PrototypeAttention(Mechanism):
     """
 
     learned_queries = True
+    exempt = {"training_leaves_out_padding": "batch norm counts all tokens of a batch, as PyTorch has it"}
 
     def __init__(
         self,

@@ -196,7 +196,7 @@ class RecurrentMemoryChunked(Mechanism):
         return y.unflatten(0, (x.shape[0], count)).transpose(1, 2).flatten(2, 3)[:, :, : x.shape[1]]
 
     # The three paths --------------------------------------------------------------------------------------------
-    def _shares(self, remembers: Bool[Tensor, "n"]) -> Float[Tensor, "3 heads n 1"] | None:
+    def _shares(self, remembers: Bool[Tensor, " n"]) -> Float[Tensor, "3 heads n 1"] | None:
         """g of each path, at tokens that have a bank to read and at those that have none."""
         if self.share is None:
             return None

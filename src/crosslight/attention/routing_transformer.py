@@ -24,8 +24,9 @@ nearest to it; in both cross patterns all heads route, as a query has no neighbo
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ from crosslight.attention.masformer import Spans
 from crosslight.attention.precision import in_full
 from crosslight.attention.softmax import Softmax
 from crosslight.cards import Card, Evidence
-from crosslight.engines import dense, masks, routed, sparse
+from crosslight.engines import dense, masks, routed, sparse, tiles
 from crosslight.engines.cache import KVCache
 from crosslight.errors import expect
 from crosslight.registry import register
@@ -197,8 +198,10 @@ class RoutingAttention(AttentionLayer):
         rows, asked, columns, keep = self._balanced(q, k, keeps, causal)
         q, k = q.to(v.dtype), k.to(v.dtype)
         parts = (_gathered(q, rows), _gathered(k, columns), _gathered(v, columns))
-        y = dense.attend(*(t.flatten(0, 1) for t in parts), mask=masks.Pairs(keep.flatten(0, 1)))
-        y = y.unflatten(0, q.shape[:2]) * asked[..., None]
+        some = masks.Pairs(keep.flatten(0, 1)) if causal or keeps[1] is not None else None
+        y = dense.attend(*(t.flatten(0, 1) for t in parts), mask=some)
+        y = y.unflatten(0, q.shape[:2])
+        y = y if keeps[0] is None else y * asked[..., None]
         flat, share = rows.flatten(2), asked.flatten(2).to(y.dtype)
         total = torch.zeros_like(q).scatter_add(2, flat[..., None].expand(-1, -1, -1, q.shape[3]), y.flatten(2, 3))
         count = torch.zeros_like(q[..., 0]).scatter_add(2, flat, share)
@@ -249,31 +252,14 @@ class RoutingAttention(AttentionLayer):
         return by_distance.gather(-1, place.expand(*q.shape[:2], -1, -1))
 
     def _near(self, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, causal: bool) -> Tensor:
-        """Blocks of queries, as elements of the batch, on two or three blocks of keys."""
-        batch, _, n = q.shape[:3]
-        size = min(self.window, n)
-        short, after = -n % size, 0 if causal else size
-        blocks = (n + short) // size
-        span = 2 * size + after
-
-        def around(t: Tensor) -> Tensor:
-            cut = F.pad(t, (0, 0, size, short + after)).unfold(2, span, size)  # (batch, heads, blocks, dim, span)
-            return cut.permute(0, 2, 1, 4, 3).flatten(0, 1)
-
-        queries = F.pad(q, (0, 0, 0, short)).unflatten(2, (blocks, size)).transpose(1, 2).flatten(0, 1)
-        i = torch.arange(size, device=q.device)[:, None]
-        j = torch.arange(-size, size + after, device=q.device)
-        first = torch.arange(blocks, device=q.device)[:, None] * size
-        there = (first + j >= 0) & (first + j < n)
-        if keep is None:
-            there = there.expand(batch, -1, -1)
-        else:
-            there = F.pad(keep, (size, short + after)).unfold(1, span, size) & there
-        seen = there[:, :, None, None].expand(-1, -1, 1, size, -1).flatten(0, 1)
-        if causal:
-            seen = seen & (j <= i)
-        y = dense.attend(queries, around(k), around(v), mask=masks.Pairs(seen), bias=self._bias(queries, i, j))
-        return y.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :n]
+        """Blocks of queries on the two or three blocks of keys around them."""
+        size = min(self.window, q.shape[2])
+        span = (2 if causal else 3) * size
+        # r in the order of keys: from the first one's distance to the block's last query, to the last one's to the
+        # first query.
+        stop = 2 * (self.window + size) - 1
+        r = F.pad(self.relative[:, stop - (span + size - 1) : stop].flip(1), (0, 0, 0, 1))
+        return _Near.apply(q, k, v, r, keep, size, causal)
 
     def _weigh_near(self, q: Tensor, k: Tensor, mask: masks.Mask | None, causal: bool) -> Tensor:
         i = torch.arange(q.shape[2], device=q.device)
@@ -371,6 +357,123 @@ class RoutingAttention(AttentionLayer):
         last = at.topk(min(self.window, m), -1).values
         index = last.clamp(min=0)[..., None].expand(-1, -1, -1, q.shape[3])
         return dense.attend(q, k.gather(2, index), v.gather(2, index), mask=masks.Pairs((last >= 0)[:, :, None]))
+
+
+# Local heads without a matrix -----------------------------------------------------------------------------------
+class _Blocks:
+    """The blocks of queries of a call, and their scores on the blocks of keys around them, a few blocks at a time."""
+
+    def __init__(self, q, k, v, r, keep, size: int, causal: bool) -> None:
+        (self.batch, self.heads, n, dim), wide = q.shape, tiles.working_dtype(q.dtype)
+        self.size, self.span, self.short, self.room = size, r.shape[1] - size, -n % size, tiles.Room()
+        self.scale, self.r = 1 / math.sqrt(dim), r.to(wide).repeat(self.batch, 1, 1)
+        self.q = self.cut(q.to(wide) * self.scale)
+        beyond = (size, self.short + self.span - 2 * size)
+        self.k, self.v = (F.pad(t.to(wide), (0, 0, *beyond)) for t in (k, v))
+        self.plain = keep is None and not causal
+        keep = F.pad(q.new_ones(1, n, dtype=torch.bool) if keep is None else keep, beyond)
+        self.hidden = ~keep.unfold(1, self.span, size)[:, None, :, None]
+        if causal:
+            i, j = torch.arange(size, device=q.device)[:, None], torch.arange(self.span, device=q.device)
+            self.later = j - size > i
+        self.causal = causal
+
+    def cut(self, t: Tensor) -> Tensor:
+        """(batch, heads, blocks, size, dim)."""
+        return F.pad(t, (0, 0, 0, self.short)).contiguous().unflatten(2, (-1, self.size))
+
+    def chunks(self) -> Iterator[slice]:
+        blocks = self.q.shape[2]
+        scores = self.r.shape[0] * self.size * self.r.shape[1]
+        count = max(1, (dense.CHUNK if self.q.is_cuda else sparse.CHUNK) // scores)
+        return (slice(first, min(first + count, blocks)) for first in range(0, blocks, count))
+
+    def flat(self, t: Tensor, chunk: slice) -> Tensor:
+        """(batch * heads * blocks, size or 1, dim) of (batch, heads, all blocks, size or 1, dim)."""
+        return t[:, :, chunk].flatten(0, 2)
+
+    def around(self, t: Tensor, chunk: slice) -> Tensor:
+        """(batch * heads * blocks, span, dim) of padded keys or values."""
+        return t.unfold(2, self.span, self.size)[:, :, chunk].mT.flatten(0, 2)
+
+    def table(self, name: str, chunk: slice) -> tuple[Tensor, Tensor]:
+        """Room for a number for each query and row of r, and the view of it by query and key: rows that are read one
+        number shorter than they are shift by one key from query to query, as distances do."""
+        (rows, wide, _), size = self.r.shape, self.size
+        table = self.room.take(name, self.r, rows, (chunk.stop - chunk.start) * size, wide)
+        shifted = table.view(-1, size * wide)[:, size - 1 : -1].unflatten(1, (size, wide - 1))
+        return table, shifted[..., : self.span]
+
+    def scores(self, q: Tensor, k: Tensor, chunk: slice) -> Tensor:
+        """q (k + r)^T, -inf where hidden."""
+        table, scores = self.table("scores", chunk)
+        torch.bmm(q.view(self.r.shape[0], -1, q.shape[-1]), self.r.mT, out=table)
+        scores.baddbmm_(q, k.mT)
+        if not (self.plain and chunk.start > 0 and chunk.stop < self.q.shape[2]):
+            hidden = self.hidden[:, :, chunk]
+            if self.causal:
+                hidden = hidden | self.later
+            floor = hidden.to(scores.dtype).masked_fill_(hidden, -math.inf)
+            scores.unflatten(0, (self.batch, self.heads, -1)).add_(floor)
+        return scores
+
+
+class _Near(torch.autograd.Function):
+    """softmax(q (k + r)^T / sqrt(d)) v of blocks on the blocks around them, r by distance; the scores are computed
+    again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, r, keep, size, causal):
+        with torch.autocast(q.device.type, enabled=False):
+            work = _Blocks(q, k, v, r, keep, size, causal)
+            out, lse = torch.empty_like(work.q), torch.empty_like(work.q[..., :1])
+            for chunk in work.chunks():
+                weights = work.scores(work.flat(work.q, chunk), work.around(work.k, chunk), chunk)
+                top = weights.amax(-1, keepdim=True).clamp_(min=torch.finfo(out.dtype).min)
+                total = weights.sub_(top).exp_().sum(-1, keepdim=True)
+                y = (weights @ work.around(work.v, chunk)).div_(total.masked_fill(total == 0, 1))
+                # Rows without keys have no weight in the backward pass.
+                top = total.log().add_(top).masked_fill_(total == 0, math.inf)
+                out[:, :, chunk], lse[:, :, chunk] = (t.unflatten(0, (work.batch, work.heads, -1)) for t in (y, top))
+            out = out.flatten(2, 3)[:, :, : q.shape[2]].to(q.dtype)
+        ctx.save_for_backward(q, k, v, r, keep, out, lse)
+        ctx.how = size, causal
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad):
+        q, k, v, r, keep, out, lse = ctx.saved_tensors
+        n, size = q.shape[2], ctx.how[0]
+        with torch.autocast(q.device.type, enabled=False):
+            work = _Blocks(q, k, v, r, keep, *ctx.how)
+            grad = grad.to(work.q.dtype)
+            delta, grad = work.cut(torch.linalg.vecdot(grad, out.to(grad.dtype))[..., None]), work.cut(grad)
+            by_q, by_k, by_v, by_r = (torch.zeros_like(t) for t in (work.q, work.k, work.v, work.r))
+            room, dim = work.room, q.shape[3]
+            for chunk in work.chunks():
+                q_, g_ = work.flat(work.q, chunk), work.flat(grad, chunk)
+                k_, v_ = work.around(work.k, chunk), work.around(work.v, chunk)
+                weights = work.scores(q_, k_, chunk).sub_(work.flat(lse, chunk)).exp_()
+                part_v = room.bmm("by_v", weights.mT, g_)
+                by_score = room.bmm("by_score", g_, v_.mT).sub_(work.flat(delta, chunk))
+                table, pairs = work.table("by_table", chunk)
+                if chunk.start == 0:
+                    table.zero_()  # and never anything else where no key is
+                pairs.copy_(by_score.mul_(weights))
+                by_r.baddbmm_(table.mT, q_.view(len(by_r), -1, dim))
+                part_q = room.bmm("by_q", table, work.r).view_as(q_).baddbmm_(pairs, k_)
+                by_q[:, :, chunk] = part_q.unflatten(0, (work.batch, work.heads, -1))
+                part_k = room.bmm("by_k", pairs.mT, q_)
+                for total, part in ((by_k, part_k), (by_v, part_v)):
+                    part = part.unflatten(0, (work.batch, work.heads, -1))
+                    for begin in range(0, work.span, size):  # spans overlap, blocks do not
+                        here = slice(chunk.start * size + begin, chunk.stop * size + begin)
+                        total[:, :, here].unflatten(2, (-1, size)).add_(part[..., begin : begin + size, :])
+            by_q = by_q.mul_(work.scale).flatten(2, 3)[:, :, :n].to(q.dtype)
+            by_k, by_v = (t[:, :, size : size + n].to(q.dtype) for t in (by_k, by_v))
+            by_r = by_r.unflatten(0, (work.batch, -1)).sum(0).to(r.dtype)
+        return by_q, by_k, by_v, by_r, None, None, None
 
 
 def _recent(cluster: Int[Tensor, "batch heads n"], window: int, clusters: int) -> Bool[Tensor, "batch heads n n"]:

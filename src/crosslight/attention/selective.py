@@ -12,12 +12,14 @@ Parameters have the names of Mamba's. A token that is masked has delta = 0 and v
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from crosslight.engines import recurrent
 
@@ -26,6 +28,37 @@ if TYPE_CHECKING:
 
     Stream = Float[Tensor, "batch n channels"]
     Keep = Bool[Tensor, "batch n"]
+
+
+#: Elements from which on elementwise steps are computed again rather than kept.
+LARGE = 1 << 19
+#: Tokens that are convolved at a time.
+TOKENS = 1024
+
+
+def project(layer: nn.Linear, x: Stream, widths: Sequence[int]) -> list[Stream]:
+    """The layer, split. Of more streams than channels each is (widths, n, batch) in memory, as the scan reads it."""
+    if x.shape[0] <= x.shape[2]:
+        return list(layer(x).split(widths, -1))
+    y = layer.weight @ x.permute(2, 1, 0).flatten(1)
+    y = y if layer.bias is None else y + layer.bias.unsqueeze(1)
+    return [part.unflatten(1, (x.shape[1], x.shape[0])).permute(2, 1, 0) for part in y.split(widths)]
+
+
+def recomputed(function: Callable[..., Any], *tensors: Tensor | None) -> Any:
+    """function(*tensors), whose intermediate results are computed again in the backward pass where they are large."""
+    if not torch.is_grad_enabled() or sum(t.numel() for t in tensors if t is not None) < LARGE:
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+def _convolved(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """SiLU(conv) along the second dimension, with a row of weights for each tap."""
+    size = rows.shape[1] - len(weight) + 1
+    y = torch.addcmul(bias, weight[0], rows[:, :size])
+    for k in range(1, len(weight)):
+        y = torch.addcmul(y, weight[k], rows[:, k : k + size])
+    return F.silu(y)
 
 
 @dataclass
@@ -66,25 +99,35 @@ class SelectiveScan(nn.Module):
             self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
 
     def values(self, x: Stream, keep: Keep | None = None, recent: Tensor | None = None) -> Stream:
-        """v, after ``recent`` inputs or none."""
+        """v, after ``recent`` inputs or none; some tokens at a time, which stay in a processor's cache."""
         x = x if keep is None else x.masked_fill(~keep.unsqueeze(-1), 0)
-        x = F.pad(x, (0, 0, self.conv1d.kernel_size[0] - 1, 0)) if recent is None else torch.cat([recent, x], 1)
-        v = F.silu(self.conv1d(x.transpose(1, 2))).transpose(1, 2)
+        recent = x.new_zeros(x.shape[0], self.conv1d.kernel_size[0] - 1, x.shape[2]) if recent is None else recent
+        wide, vs = x.shape[0] > x.shape[2], []
+        weight, bias = self.conv1d.weight.squeeze(1).T, cast("Tensor", self.conv1d.bias)
+        if wide:
+            x, recent = x.permute(2, 1, 0), recent.permute(2, 1, 0)
+            weight, bias = weight[..., None, None], bias[:, None, None]
+        for part in x.split(x.shape[1] if wide else TOKENS, 1):
+            rows = torch.cat([recent, part], 1)
+            recent = rows[:, part.shape[1] :]
+            vs.append(recomputed(_convolved, rows, weight, bias))
+        v = torch.cat(vs, 1)
+        v = v.permute(2, 1, 0) if wide else v
         return v if keep is None else v.masked_fill(~keep.unsqueeze(-1), 0)
 
     def select(self, v: Stream, keep: Keep | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """delta, A, B, C."""
-        made = self.x_proj(v).split([self.rank, self.states, self.states], -1)
+        made = project(self.x_proj, v, (self.rank, self.states, self.states))
         step, B, C = (norm(t) for norm, t in zip(self.norms, made, strict=True)) if self.norms else made
         # In at least float32: exponentials of sums over a long sequence do not survive half precision.
         wide = torch.promote_types(v.dtype, torch.float32)
-        delta = F.softplus(self.dt_proj(step).to(wide))
+        delta = F.softplus(project(self.dt_proj, step, (v.shape[2],))[0].to(wide))
         delta = delta if keep is None else delta.masked_fill(~keep.unsqueeze(-1), 0)
         return delta, -self.A_log.to(wide).exp(), B, C
 
     def forward(self, x: Stream, keep: Keep | None = None) -> Stream:
         v = self.values(x, keep)
-        return recurrent.selective_scan(v, *self.select(v, keep))[0] + self.D * v
+        return recurrent.selective_scan(v, *recomputed(self.select, v, keep))[0] + self.D * v
 
     def weights(self, x: Stream, keep: Keep | None = None) -> Float[Tensor, "batch channels n n"]:
         """The matrices that `forward` applies to `values`, D left out."""

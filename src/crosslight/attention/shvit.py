@@ -110,6 +110,7 @@ class SHSA(Mechanism):
         qk_dim: width of a head's queries and keys.
     """
 
+    exempt = {"training_leaves_out_padding": "batch norm counts all tokens of a batch, as PyTorch has it"}
     network: ClassVar[type[nn.Module]]
 
     def __init__(

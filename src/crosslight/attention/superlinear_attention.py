@@ -117,6 +117,7 @@ class SpanAttention(Core):
 
     grouped = True
     layer = SuperlinearLayer
+    needs_layer = True
 
     def __init__(
         self,

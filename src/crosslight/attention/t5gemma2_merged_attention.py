@@ -89,6 +89,15 @@ class Beside(Mask):
             seen = seen & (far | (j < self.count))
         return seen
 
+    def dense(self, batch, heads, n, m, *, device=None, offset=0):
+        count, parts = min(self.count, m), []
+        for rule, keys in ((self.first, count), (self.second, m - count)):
+            if keys:  # each rule is asked about its own keys alone
+                every = torch.ones(1, 1, n, keys, dtype=torch.bool, device=device)
+                parts.append(every if rule is None else rule.dense(batch, heads, n, keys, device=device, offset=offset))
+        size = torch.broadcast_shapes(*(part.shape[:2] for part in parts))
+        return torch.cat([part.expand(*size, -1, -1) for part in parts], -1)
+
     def blocks(self, tile):
         i0, i1, j0, j1 = tile
         some, _ = super().blocks(tile)

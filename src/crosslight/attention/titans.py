@@ -26,20 +26,28 @@ learned persistent tokens P that every query sees:
 `weights` shows the attention of each head; of mag also, and of lmm alone, what each token's surprise v_i - M(k_i) adds
 to later readings, 2 c_ti (z_t . a_i) in the last layer, so that the memory too is a matrix over tokens. Decoding
 carries the weights of the memory and one segment, whatever the length.
+
+For the backward pass the weights at the head of each group of 64 tokens are kept, and what the memory reads; what is
+between is computed again, in mac also the attention and the readings of each segment.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from crosslight.attention.base import Mechanism
 from crosslight.cards import Card, Evidence
 from crosslight.engines import dense, masks, sparse
+from crosslight.engines.backend import forced
 from crosslight.engines.masks import Mask, Pairs
 from crosslight.engines.positions import Rotary
 from crosslight.errors import expect
@@ -86,6 +94,8 @@ CARD = Card(
     ),
 )
 
+#: Tokens in whose terms the weights are held: what is kept for the backward pass is those at the head of each group.
+GROUP = 64
 FORMS = ("mac", "mag", "mal", "lmm")
 
 
@@ -94,11 +104,18 @@ class MemoryState:
     """The memory's weights, their momentum, the weights at the head of the chunk, the tokens since, and the last
     inputs of the convolution."""
 
-    M: Layers
-    S: Layers
+    both: Layers  # (batch, heads, 2, in, out), M and S
     head: Layers
     place: int
     recent: Float[Tensor, "batch taps dim3"]
+
+    @property
+    def M(self) -> Layers:
+        return [w[:, :, 0] for w in self.both]
+
+    @property
+    def S(self) -> Layers:
+        return [w[:, :, 1] for w in self.both]
 
 
 @dataclass
@@ -109,6 +126,126 @@ class Trace:
     a: Heads
     surprise: Heads
     base: Heads
+
+
+class _Again(torch.autograd.Function):
+    """fn(*tensors), computed again in the backward pass; as `torch.utils.checkpoint`, without a hook a tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, fn: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.fn = fn
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        return fn(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            needed = ctx.needs_input_grad[1:]
+            inputs = [t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needed, strict=True)]
+            pairs = zip(ctx.fn(*inputs), grads, strict=True)
+            asked = [(y, g) for y, g in pairs if g is not None and y.requires_grad]
+        wanted, outputs, given = [t for t in inputs if t.requires_grad], [y for y, _ in asked], [g for _, g in asked]
+        if not asked:
+            return None, *(None for _ in needed)
+        found = iter(torch.autograd.grad(outputs, wanted, given, allow_unused=True))
+        return None, *(next(found) if n else None for n in needed)
+
+
+def recomputed(fn: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    if torch.compiler.is_compiling() or forced() == "reference":
+        return fn(*tensors)
+    return _Again.apply(fn, *tensors)
+
+
+class _Errors(torch.autograd.Function):
+    """Inputs a_l (of layers after the first) and errors d_l of all layers at the tokens of a group, chunk after chunk.
+
+    k, v (heads, n, dim), c (heads, chunks, n) and W_l (heads, chunks, in, out): in chunk j the weights of a layer are
+    W_lj - sum_i c_ji a_li^T d_li, so that a product with them is one with W_lj and one with what came before."""
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor, c: Tensor, *W: Tensor) -> tuple[Tensor, ...]:
+        last, size = len(W) - 1, k.shape[1] // W[0].shape[1]
+        a = [k, *(k.new_empty(*k.shape[:2], w.shape[2]) for w in W[1:])]
+        d = [k.new_empty(*k.shape[:2], w.shape[3]) for w in W]
+        before, errors = [torch.empty_like(t) for t in a[1:]], [torch.empty_like(t) for t in a[1:]]
+        for j in range(W[0].shape[1]):
+            now, old = slice(j * size, (j + 1) * size), slice(0, j * size)
+
+            def times(z: Tensor, w: Tensor, a: Tensor, d: Tensor, j: int = j, now=now, old=old) -> Tensor:
+                y = torch.bmm(z[:, now], w[:, j])
+                if j:
+                    y.baddbmm_(torch.bmm(z[:, now], a[:, old].mT).mul_(c[:, j : j + 1, old]), d[:, old], alpha=-1)
+                return y
+
+            for i in range(last):
+                before[i][:, now] = y = times(a[i], W[i], a[i], d[i])
+                a[i + 1][:, now] = F.silu(y)
+            d[last][:, now] = times(a[last], W[last], a[last], d[last]).sub_(v[:, now]).mul_(2)
+            for i in reversed(range(last)):
+                errors[i][:, now] = y = times(d[i + 1], W[i + 1].mT, d[i + 1], a[i + 1])
+                d[i][:, now] = torch.ops.aten.silu_backward(y, before[i][:, now])
+        ctx.save_for_backward(c, *W, *a, *d, *before, *errors)
+        return *a[1:], *d
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        c, *saved = ctx.saved_tensors
+        depth = (len(saved) + 2) // 5
+        last, at = depth - 1, iter(saved)
+        W, a, d = ([next(at) for _ in range(depth)] for _ in range(3))
+        before, errors = ([next(at) for _ in range(last)] for _ in range(2))
+        chunks, size = W[0].shape[1], a[0].shape[1] // W[0].shape[1]
+        gates = [p.sigmoid() for p in before]
+        slopes = [g * (1 + p * (1 - g)) for g, p in zip(gates, before, strict=True)]
+        bends = [u * g * (1 - g) * (2 + p * (1 - 2 * g)) for u, g, p in zip(errors, gates, before, strict=True)]
+        rows = c.repeat_interleave(size, 1)
+        like, alike = ([torch.bmm(t, t.mT) for t in side] for side in (a, d[1:]))
+        by_a = [torch.zeros_like(a[0]), *(g.clone() for g in grads[:last])]
+        by_d = [g.clone() for g in grads[last:]]
+        # Gradients of the products with W_l, and with its transpose.
+        up, down = [torch.empty_like(t) for t in d], [torch.empty_like(t) for t in a]
+
+        def back(j, g, w, a, d, share, by_a, by_d):
+            """What the gradient g of a product, at chunk j, is to its inputs and to what came before."""
+            now, old = slice(j * size, (j + 1) * size), slice(0, j * size)
+            y = torch.bmm(g, w[:, j].mT)
+            if j:
+                t = torch.bmm(g, d[:, old].mT).mul_(c[:, j : j + 1, old])
+                y.baddbmm_(t, a[:, old], alpha=-1)
+                by_a[:, old] -= torch.bmm(t.mT, a[:, now])
+                by_d[:, old] -= torch.bmm(share[:, now, old].mT, g)
+            by_a[:, now] += y
+
+        shares, reverse = ([t * rows for t in side] for side in (like, alike))
+        for j in reversed(range(chunks)):
+            now = slice(j * size, (j + 1) * size)
+            for i in range(last):
+                down[i + 1][:, now] = g = by_d[i][:, now] * slopes[i][:, now]
+                back(j, g, W[i + 1].mT, d[i + 1], a[i + 1], reverse[i], by_d[i + 1], by_a[i + 1])
+            g = 2 * by_d[last][:, now]
+            for i in reversed(range(depth)):
+                up[i][:, now] = g
+                back(j, g, W[i], a[i], d[i], shares[i], by_a[i], by_d[i])
+                if i:
+                    g = by_a[i][:, now] * slopes[i - 1][:, now]
+                    g.addcmul_(by_d[i - 1][:, now], bends[i - 1][:, now])
+
+        def products(x: Tensor, y: Tensor) -> Tensor:
+            return x.unflatten(1, (chunks, size)).mT @ y.unflatten(1, (chunks, size))
+
+        by_c = torch.zeros_like(rows)
+        by_W = []
+        for i in range(depth):
+            by_c.addcmul_(torch.bmm(up[i], d[i].mT), like[i], value=-1)
+            by_W.append(products(a[i], up[i]))
+            if i:
+                by_c.addcmul_(torch.bmm(down[i], a[i].mT), alike[i - 1], value=-1)
+                by_W[i] += products(down[i], d[i])
+        return by_a[0], -2 * by_d[last], by_c.unflatten(1, (chunks, size)).sum(2), *by_W
 
 
 class NeuralMemory(nn.Module):
@@ -141,16 +278,23 @@ class NeuralMemory(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         M = [w.to(wide).expand(x.shape[0], -1, -1, -1) for w in self.start]
         recent = x.new_zeros(x.shape[0], self.taps, 3 * x.shape[2])
-        return MemoryState(M, [torch.zeros_like(w) for w in M], M, 0, recent)
+        return MemoryState([torch.stack([w, torch.zeros_like(w)], 2) for w in M], M, 0, recent)
 
-    def project(self, x: Stream, keep: Keep | None, recent: Tensor) -> tuple[Heads, Heads, Heads, Tensor]:
-        """q, k, v, and the inputs that the next convolutions read."""
-        p = self.qkv(x)
-        p = torch.cat([recent, p if keep is None else p.masked_fill(~keep.unsqueeze(-1), 0)], 1)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        y = F.silu(self.conv(p.transpose(1, 2))).unflatten(1, (3 * self.heads, -1)).transpose(2, 3).to(wide)
-        q, k, v = y.chunk(3, 1)
-        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, p[:, p.shape[1] - self.taps :]
+    def project(self, x: Stream, keep: Keep | None, recent: Tensor, count: int = 3) -> tuple[list[Heads], Tensor]:
+        """The first ``count`` of q, k, v, and the inputs that the next convolutions read."""
+        width, wide = count * x.shape[2], torch.promote_types(x.dtype, torch.float32)
+        p = F.linear(x, self.qkv.weight[:width])
+        p = torch.cat([recent[..., :width], p if keep is None else p.masked_fill(~keep.unsqueeze(-1), 0)], 1)
+        # Taps one by one, where tokens lie: a convolution would turn the map around, and back.
+        taps = self.conv.weight[:width, 0].unbind(1)
+        assert self.conv.bias is not None
+        y = self.conv.bias[:width] + p[:, : x.shape[1]] * taps[0]
+        for i, tap in enumerate(taps[1:], 1):
+            y = torch.addcmul(y, p[:, i : i + x.shape[1]], tap)
+        y = F.silu(y).unflatten(2, (count, self.heads, -1)).to(wide)
+        q, *rest = (t.transpose(1, 2) for t in y.unbind(2))
+        units = [F.normalize(t, dim=-1) for t in (q, *rest[:1])]
+        return [*units, *rest[1:]], p[:, p.shape[1] - self.taps :]
 
     def _gates(self, x: Stream, keep: Keep | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log(1 - alpha), log(eta), theta and what is 0 at masked tokens, (batch, heads, n) each."""
@@ -180,47 +324,63 @@ class NeuralMemory(nn.Module):
         s = (kept @ flows.cumsum(-1).exp().unsqueeze(-1)).squeeze(-1)
         return (kept @ flow) * theta.unsqueeze(-2), stays.cumsum(-1).exp(), s, flow
 
-    def errors(self, W: Layers, k: Heads, v: Heads) -> tuple[Layers, Layers]:
-        """Inputs a and errors d of each layer: the gradient of the loss by W_l at a token is a^T d."""
-        a, before = [k], []
-        for w in W[:-1]:
-            before.append(a[-1] @ w)
-            a.append(F.silu(before[-1]))
-        d = [2 * (a[-1] @ W[-1] - v)]
-        for w, p in zip(reversed(W[1:]), reversed(before), strict=True):
-            gate = p.sigmoid()
-            d.insert(0, (d[0] @ w.transpose(-1, -2)) * gate * (1 + p * (1 - gate)))
-        return a, d
+    def _group(self, q, k, v, stays, flows, theta, there, *weights: Tensor) -> tuple[Tensor, ...]:
+        """What is read, then of the last layer its inputs for queries and for keys and its errors, then the weights
+        of each layer, M and S, after the last token.
 
-    def _chunk(
-        self, state: MemoryState, q: Heads, k: Heads, v: Heads, gates: tuple[Tensor, ...]
-    ) -> tuple[Heads, Heads, Heads, Heads, MemoryState]:
-        """What is read, then of the last layer its inputs for queries and for keys and its errors."""
-        c, m, s, flow = self._coefficients(*gates)
-        a, d = self.errors(state.M, k, v)
-        z, y = q, q
-        for i, (w, momentum) in enumerate(zip(state.M, state.S, strict=True)):
+        (batch * heads, n, dim), (batch * heads, n) and (batch * heads, 2, in, out). Inside a group the weights are
+        those at its head and what each token has added, as inside a chunk: the errors of a chunk are read through
+        those of the chunks before."""
+        n, depth = k.shape[1], len(weights)
+        c, m, s, flow = self._coefficients(stays, flows, theta, there)
+        # Weights at the head of each chunk, and M and S at the end, but for what tokens of the group add.
+        both = torch.stack([m, s], -1)
+        one = torch.zeros_like(both[:, :1])
+        one[..., 0] = 1
+        last = torch.stack([torch.zeros_like(m[:, -1:]), flows.sum(1, keepdim=True).exp()], -1)
+        rows = torch.cat([one, both[:, self.chunk - 1 : n - 1 : self.chunk], both[:, -1:], last], 1)
+        scaled = [torch.bmm(rows, w.flatten(2)).unflatten(2, w.shape[2:]) for w in weights]
+        firsts, finals = zip(*(w.split([rows.shape[1] - 2, 2], 1) for w in scaled), strict=True)
+
+        heads = torch.cat([torch.zeros_like(c[:, :1]), c[:, self.chunk - 1 : n - 1 : self.chunk]], 1)
+        learned = _Errors.apply(k, v, heads, *firsts)
+        known = zip([k, *learned[: depth - 1]], learned[depth - 1 :], strict=True)
+
+        z, y, ends = q, q, []
+        ended = torch.stack([c[:, -1], flow[:, -1] * theta], -1).unsqueeze(-1)
+        for i, (w, final, (a, d)) in enumerate(zip(weights, finals, known, strict=True)):
             z = q if i == 0 else F.silu(y)
-            y = m.unsqueeze(-1) * (z @ w) + s.unsqueeze(-1) * (z @ momentum) - (c * (z @ a[i].transpose(-1, -2))) @ d[i]
-        theta, M, S = gates[2], [], []
-        for w, momentum, a_l, d_l in zip(state.M, state.S, a, d, strict=True):
-            at = a_l.transpose(-1, -2)
-            old, fresh = (t[..., -1, None, None] for t in (m, s))
-            M.append(old * w + fresh * momentum - (at * c[..., -1, None, :]) @ d_l)
-            flown = gates[1].sum(-1).exp()[..., None, None]
-            S.append(flown * momentum - (at * (flow[..., -1, :] * theta).unsqueeze(-2)) @ d_l)
-        return y, z, a[-1], d[-1], replace(state, M=M, S=S, head=M)
+            y = torch.bmm((both.unsqueeze(-1) * z.unsqueeze(2)).flatten(2), w.flatten(1, 2))
+            y = torch.baddbmm(y, c * torch.bmm(z, a.mT), d, alpha=-1)
+            inputs = (ended * a.unsqueeze(2)).flatten(2)
+            ends.append(torch.baddbmm(final.flatten(1, 2), inputs.mT, d, alpha=-1).unflatten(1, (2, -1)))
+        return y, z, a, d, *ends
 
     def _sides(self, x: Stream, keep: Keep | None, state: MemoryState, count: int) -> tuple[list[Heads], MemoryState]:
-        """The first ``count`` tensors that chunks yield, of all tokens."""
-        q, k, v, recent = self.project(x, keep, state.recent)
-        gates, parts = self._gates(x, keep), []
-        for i in range(0, x.shape[1], self.chunk):
-            now = slice(i, i + self.chunk)
-            here = q[:, :, now], k[:, :, now], v[:, :, now]
-            *part, state = self._chunk(state, *here, tuple(g[..., now] for g in gates))
-            parts.append(part[:count])
-        return [torch.cat(side, 2) for side in zip(*parts, strict=True)], replace(state, recent=recent)
+        """The first ``count`` tensors that groups yield, of all tokens."""
+        inputs, recent = self.inputs(x, keep, state.recent)
+        return self.scan(inputs, replace(state, recent=recent), count)
+
+    def inputs(self, x: Stream, keep: Keep | None, recent: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """q, k, v and the gates, and what `project` gives besides."""
+        sides, recent = self.project(x, keep, recent)
+        return (*sides, *self._gates(x, keep)), recent
+
+    def scan(self, inputs: tuple[Tensor, ...], state: MemoryState, count: int) -> tuple[list[Heads], MemoryState]:
+        batch, n = inputs[0].shape[0], inputs[0].shape[2]
+        size = max(1, GROUP // self.chunk) * self.chunk
+        rest = -n % self.chunk  # what fills the last chunk is as masked tokens are
+        flat = (t.flatten(0, 1) for t in inputs)
+        whole = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, rest)) if rest else t for t in flat)
+        weights, parts = tuple(w.flatten(0, 1) for w in state.both), []
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            for group in zip(*(t.split(size, 1) for t in whole), strict=True):
+                part = recomputed(self._group, *group, *weights)
+                parts.append(part[:count])
+                weights = part[4:]
+        both = [w.unflatten(0, (batch, -1)) for w in weights]
+        sides = [torch.cat(side, 1)[:, :n].unflatten(0, (batch, -1)) for side in zip(*parts, strict=True)]
+        return sides, replace(state, both=both, head=[w[:, :, 0] for w in both])
 
     def run(self, x: Stream, keep: Keep | None = None, state: MemoryState | None = None) -> tuple[Heads, MemoryState]:
         """M_t(q_t) of all tokens, chunk by chunk from ``state``, which stands at the head of a chunk."""
@@ -265,16 +425,24 @@ class NeuralMemory(nn.Module):
         """The recurrence itself."""
         state = self.state(x) if state is None else state
         head = state.M if state.place % self.chunk == 0 else state.head
-        q, k, v, recent = self.project(x, None, state.recent)
+        (q, k, v), recent = self.project(x, None, state.recent)
         stays, flows, theta, _ = (g.unsqueeze(-1) for g in self._gates(x, None))
-        a, d = self.errors(head, k, v)
+        flat_k, flat_v = k.flatten(0, 1), v.flatten(0, 1)
+        learned = _Errors.apply(
+            flat_k, flat_v, flat_k.new_zeros(1, 1, 1), *(w.flatten(0, 1).unsqueeze(1) for w in head)
+        )
+        a, d = (
+            [t.unflatten(0, k.shape[:2]) for t in side]
+            for side in ([flat_k, *learned[: len(head) - 1]], learned[len(head) - 1 :])
+        )
         S = [
             flows.exp() * old - theta * (a_l.transpose(-1, -2) @ d_l)
             for old, a_l, d_l in zip(state.S, a, d, strict=True)
         ]
         M = [stays.exp() * old + fresh for old, fresh in zip(state.M, S, strict=True)]
         y = self.end(self.retrieve(q, M), x)
-        return y, MemoryState(M, S, head, state.place + 1, recent)
+        both = [torch.stack(w, 2) for w in zip(M, S, strict=True)]
+        return y, MemoryState(both, head, state.place + 1, recent)
 
 
 @dataclass
@@ -377,14 +545,17 @@ class Titans(Mechanism):
     def _context(self, x: Stream, keep: Keep | None, weights: Weights | None, shown: bool) -> Stream:
         """mac, with ``weights`` in place of its attention if given; or the attention itself if ``shown``."""
         memory, state, outs, n = self.memory, self.memory.state(x), [], x.shape[1]
-        asks = memory.project(x, keep, state.recent)[0]
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        (asks,), _ = again(memory.project, x, keep, state.recent, 1)
         first_k, first_v = (self._split(f(self._first(x))) for f in (self.k, self.v))
-        for i in range(0, n, self.segment):
-            now = slice(i, min(i + self.segment, n))
-            part, kept = x[:, now], None if keep is None else keep[:, now]
-            told = memory.retrieve(asks[:, :, now], state.M).transpose(1, 2).flatten(2).to(x.dtype)
-            (q, k, v), (_, told_k, told_v) = self._heads_of(part, i), self._heads_of(told, i)
-            size = part.shape[1]
+
+        def joined(i: int, ask: Heads, q: Heads, k: Heads, v: Heads, recent: Tensor, *M: Tensor) -> tuple:
+            """A segment's attention, which the memory is to learn, and the inputs of that."""
+            size = q.shape[2]
+            now = slice(i, i + size)
+            kept = None if keep is None else keep[:, now]
+            told = memory.retrieve(ask, list(M)).transpose(1, 2).flatten(2).to(x.dtype)
+            told_k, told_v = self.rope.rotate(self._split(self.k(told)), offset=i), self._split(self.v(told))
             seen = torch.ones(size, size, dtype=torch.bool, device=x.device).tril()
             seen = seen if kept is None else seen & kept[:, None, None, :]
             seen = F.pad(torch.cat([seen, seen], -1), (self.sinks, 0), value=True)
@@ -396,12 +567,20 @@ class Titans(Mechanism):
                 besides = torch.cat([first_v, told_v, torch.zeros_like(v)], 2)
                 y = dense.attend(q, keys, besides, mask=mask) + weights[:, :, now, now] @ v
             if shown:
-                a = dense.weights(q, keys, mask=mask)[..., -size:]
-                outs.append(F.pad(a, (i, n - i - size)))
+                outs.append(F.pad(dense.weights(q, keys, mask=mask)[..., -size:], (i, n - i - size)))
             y = self._join(y)
-            remembered, state = memory(y, kept, state)
+            return y, *memory.inputs(y, kept, recent)
+
+        parts = zip(*(t.split(self.segment, 2) for t in (asks, *self._heads_of(x, 0))), strict=True)
+        for i, part in enumerate(parts):
+            args = (i * self.segment, *part, state.recent, *state.M)
+            if shown:
+                y, inputs, recent = joined(*args)
+            else:
+                y, inputs, recent = again(joined, *args)
+            (reading,), state = memory.scan(inputs, replace(state, recent=recent), 1)
             if not shown:
-                outs.append(self._gate(y, remembered))
+                outs.append(again(lambda y, reading: self._gate(y, memory.end(reading, y)), y, reading))
         return torch.cat(outs, 2 if shown else 1)
 
     # The contract of kind token ---------------------------------------------------------------------------------
@@ -467,7 +646,7 @@ class Titans(Mechanism):
         state = memory.state(x) if cache is None else cache.memory
         recent = state.recent if cache is None else cache.recent
         assert recent is not None
-        asks, _, _, recent = memory.project(x, None, recent)
+        (asks,), recent = memory.project(x, None, recent, 1)
         if cache is None or length % self.segment == 0:
             before = state.M
             k, v = (self._split(f(self._first(x))) for f in (self.k, self.v))

@@ -22,8 +22,9 @@ gated one with a depthwise convolution in the gate.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -34,7 +35,7 @@ from crosslight.attention import grouped
 from crosslight.attention.backbone import Pyramid, initialise, to_map, to_tokens
 from crosslight.attention.base import Mechanism
 from crosslight.cards import Card, Evidence
-from crosslight.engines import dense, masks
+from crosslight.engines import dense, masks, tiles
 from crosslight.errors import UnsupportedPattern, expect
 from crosslight.registry import register
 
@@ -73,6 +74,10 @@ CARD = Card(
         options={"pool": 4},
     ),
 )
+
+
+#: Elements of the queries that are taken at a time: they should fit in a core's cache, with what they read.
+CHUNK = 1 << 17
 
 
 class Cosine(Mechanism):
@@ -183,10 +188,8 @@ class AggregatedAttention(Cosine):
         unit, local, far = self._softmax(x, near, pooled, held, keep, grid)
         seen = _seen(near, keep)[:, None]
         local = (local + unit @ self.tokens + self.tokens_bias).masked_fill(~seen, 0)
-        y = (local.unsqueeze(-2) @ grouped.take(self._split(self.v(x)), near)).squeeze(-2) + far @ self._split(
-            self.v(pooled)
-        )
-        return self._merge(y)
+        y = _Mixed.apply(local, self._split(self.v(x)), *self._offsets(grid))
+        return self._merge(y + far @ self._split(self.v(pooled)))
 
     def _weights(self, x, context, how):
         keep, grid = masks.split(how.mask)[1], grouped.plane(how.grid, x.shape[1])
@@ -207,6 +210,15 @@ class AggregatedAttention(Cosine):
         column = token % grid[1] + place % self.window - reach
         inside = (row >= 0) & (row < grid[0]) & (column >= 0) & (column < grid[1])
         return torch.where(inside, row * grid[1] + column, -1)
+
+    def _offsets(self, grid: tuple[int, int]) -> tuple[int, list[tuple[int, int]]]:
+        """How many places a window has, and of those that can be inside the map their number and distance."""
+        reach = self.window // 2
+        steps = itertools.product(range(-reach, reach + 1), repeat=2)
+        there = [
+            (place, y * grid[1] + x) for place, (y, x) in enumerate(steps) if abs(y) < grid[0] and abs(x) < grid[1]
+        ]
+        return self.window**2, there
 
     def _cells(self, grid: tuple[int, int]) -> tuple[int, int]:
         return min(self.pool, grid[0]), min(self.pool, grid[1])
@@ -258,12 +270,69 @@ class AggregatedAttention(Cosine):
         count = seen.sum(-1)[:, None, :, None] + there.sum(-1).view(-1, 1, 1, 1)
         unit = F.normalize(self._split(self.q(x)), dim=-1)
         q = self._scaled(unit, count)
-        k = grouped.take(F.normalize(self._split(self.k(x)), dim=-1), near)
-        local = (k @ q.unsqueeze(-1)).squeeze(-1) + self.local_bias
+        k = F.normalize(self._split(self.k(x)), dim=-1)
+        local = _Dots.apply(q, k, *self._offsets(grid)) + self.local_bias
         far = q @ F.normalize(self._split(self.k(pooled)), dim=-1).mT + self._bias(grid, self._cells(grid))
         visible = torch.cat([seen, there[:, None].expand(len(seen), len(near), -1)], -1)[:, None]
         weights = dense.softmax(torch.cat([local, far], -1), visible)
         return unit, *weights.split([near.shape[1], pooled.shape[1]], -1)
+
+
+# The window's places are slices of the sequence, one after another: keys and values are not copied for each query. Rows
+# that lie beyond the map on the left or right are those of other tokens, so the weights of such places must be zero.
+def _slices(t: Heads, places: list[tuple[int, int]]) -> Iterator[tuple[int, slice, slice]]:
+    """A place, some queries, and the tokens at that place of each."""
+    n = t.shape[2]
+    some = n if t.is_cuda else max(1, CHUNK // t[:, :, 0].numel())
+    for start, (place, offset) in itertools.product(range(0, n, some), places):
+        first, stop = max(start, -offset), min(start + some, n, n - offset)
+        if first < stop:
+            yield place, slice(first, stop), slice(first + offset, stop + offset)
+
+
+def _dots(a: Heads, b: Heads, count: int, places: list[tuple[int, int]]) -> Float[Tensor, "batch heads n places"]:
+    """a_i . b_{i + offset}, 0 beyond the sequence."""
+    out = a.new_zeros(*a.shape[:3], count)
+    for place, i, j in _slices(a, places):
+        out[:, :, i, place] = torch.linalg.vecdot(a[:, :, i], b[:, :, j])
+    return out
+
+
+def _mixed(weights: Tensor, b: Heads, places: list[tuple[int, int]], back: bool = False) -> Heads:
+    """The sum over places of weights_i b_{i + offset}, or ``back`` from i to i + offset."""
+    out = torch.zeros_like(b, dtype=tiles.working_dtype(b.dtype))
+    for place, i, j in _slices(b, places):
+        to, of = (j, i) if back else (i, j)
+        out[:, :, to].addcmul_(weights[:, :, i, place, None], b[:, :, of])
+    return out.to(b.dtype)
+
+
+class _Dots(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q, k, count, places):
+        ctx.save_for_backward(q, k)
+        ctx.places = places
+        return _dots(q, k, count, places)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad):
+        q, k = ctx.saved_tensors
+        return _mixed(grad, k, ctx.places), _mixed(grad, q, ctx.places, back=True), None, None
+
+
+class _Mixed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights, v, count, places):
+        ctx.save_for_backward(weights, v)
+        ctx.how = count, places
+        return _mixed(weights, v, places)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad):
+        weights, v = ctx.saved_tensors
+        return _dots(grad, v, *ctx.how), _mixed(weights, grad, ctx.how[1], back=True), None, None
 
 
 def _seen(near: Int[Tensor, "n places"], keep: Bool[Tensor, "batch n"] | None) -> Bool[Tensor, "#batch n places"]:

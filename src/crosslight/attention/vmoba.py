@@ -113,7 +113,7 @@ class VMoBA(Core):
         self.partition, self.slab, self.tile, self.cube = partition, slab, tuple(tile), tuple(cube)
         self.tau, self.scope = tau, scope
 
-    def boxes(self, n: int, grid: Grid | None, device: torch.device) -> tuple[Int[Tensor, "n"], int, int]:
+    def boxes(self, n: int, grid: Grid | None, device: torch.device) -> tuple[Int[Tensor, " n"], int, int]:
         """The place of each token when boxes are contiguous, how many boxes there are, and places in each."""
         if grid is None:
             sides: Grid = (1, 1, n)

@@ -10,7 +10,7 @@ arXiv 2412.11834.
 
 m_j travels in two more channels of the key (a number and what rounding took from it, as in half precision most m would
 be equal), against ones in the query. In causal attention a key is not read any more once there are w better ones,
-earlier or later. A full pass is then a scan over chunks of queries, each on the w keys that are left from before and
+earlier or later. A full pass is then a scan over blocks of queries, each on the w keys that are left from before and
 its own, as in dynamic-mask-attention; decoding keeps w keys.
 
 The paper combines this with two more parts, which are here to be used beside it. `RotarySSD` is state space duality
@@ -160,7 +160,7 @@ class DynamicMask(Core):
         keep = masks.split(mask)[1]
         rank = ranks(k, keep)
         if causal:
-            return scan(q, k, v, rank, self.keep_window)[0]
+            return scan(q, k, v, rank, self.keep_window, masked=keep is not None)[0]
         # All queries read the same keys, and no others are touched.
         best = self._best(rank)
         rule = None
@@ -231,7 +231,7 @@ class DynamicMaskAttention(AttentionLayer):
         wide = torch.promote_types(v.dtype, torch.float32)
         bias = None if self.dt.bias is None else self.dt.bias.to(wide)
         dt = F.linear(v.transpose(1, 2).flatten(2).to(wide), self.dt.weight.to(wide), bias)
-        m = (self.a.to(wide) * F.softplus(dt)).exp().transpose(1, 2).unsqueeze(-1)
+        m = (self.a.to(wide)[:, None] * F.softplus(dt.transpose(1, 2).contiguous())).exp().unsqueeze(-1)
         high = m.to(v.dtype)
         return self._open(q), torch.cat([k, self._filled(k), high, (m - high.to(wide)).to(v.dtype)], -1), v
 

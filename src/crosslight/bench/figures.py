@@ -15,7 +15,7 @@ import torch
 
 from crosslight import registry
 from crosslight.bench import marked, memory, timing
-from crosslight.bench.calls import Call, Prepared, Setting, Unsupported, fitting
+from crosslight.bench.calls import Call, Prepared, Setting, Unsupported, fitting, home
 from crosslight.bench.curves import growth
 from crosslight.bench.machine import machine
 from crosslight.cards import Card

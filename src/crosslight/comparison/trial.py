@@ -83,6 +83,7 @@ class Trial:
                 self._entrant_source(task),
                 registry.source(task.__module__),
                 registry.source("crosslight.tasks.trunk"),
+                *map(registry.source, _modules_under(task)),
             ],
         }
 
@@ -98,6 +99,12 @@ class Trial:
     @cached_property
     def key(self) -> str:
         return digest(self.decides())
+
+
+def _modules_under(task: type[Task]) -> list[str]:
+    """The modules of the tasks that a task derives from, but its own."""
+    modules = (base.__module__ for base in task.__mro__ if issubclass(base, Task) and base is not Task)
+    return [name for name in dict.fromkeys(modules) if name != task.__module__]
 
 
 def digest(value: Any) -> str:

@@ -53,7 +53,7 @@ class Rotary(Rotation):
         expect(dim % 2 == 0, "Rotary(dim)", dim, "an even head width")
         self.dim, self.base = dim, base
 
-    def positions(self, token: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
+    def positions(self, token: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         """The position of each token: its number, unless a subclass counts otherwise."""
         return token
 

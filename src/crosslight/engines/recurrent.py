@@ -8,6 +8,7 @@ depend on the token leave the scan.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -161,50 +162,149 @@ def _read_states(states: Tensor, C: Tensor) -> Tensor:
 
 
 class _Selective(torch.autograd.Function):
-    """Chunk by chunk, forwards and then backwards in time."""
-
-    @staticmethod
-    def chunks(x: Tensor, states: int) -> list[slice]:
-        room = STATES if x.device.type == "cpu" else 64 * STATES
-        size = max(16, room // (x.shape[0] * x.shape[2] * states))
-        return [slice(i, min(i + size, x.shape[1])) for i in range(0, x.shape[1], size)]
+    """Block by block, forwards and then backwards in time, in buffers (steps, states, batch, channels) that are used
+    again. In memory channels are innermost, or of many sequences of few channels the batch and then time. What is kept
+    are the inputs and the state at the head of each block."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor
     ) -> tuple[Tensor, Tensor]:
-        heads, ys = [], []
-        for part in _Selective.chunks(x, A.shape[1]):
+        work, heads = _Blocks(x, delta, A, B, C), []
+        h, y = h.permute(2, 0, 1), torch.empty_like(work.x)
+        decay, states = work.buffer(), work.buffer(1)
+        for part in work.parts:
             heads.append(h)
-            states = scan(*_selected(x[:, part], delta[:, part], A, B[:, part]), initial=h)
-            ys.append(_read_states(states, C[:, part]))
-            h = states[:, -1].clone()
+            _, s = work.states(part, h, decay, states)
+            h = s[-1].clone()
+            _sum(s.mul_(work.C[part]), 1, y[part])
         ctx.save_for_backward(x, delta, A, B, C, *heads)
-        return torch.cat(ys, 1), h
+        return y.transpose(0, 1), h.permute(1, 2, 0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Tensor, ...]:
         x, delta, A, B, C, *heads = ctx.saved_tensors
-        parts = _Selective.chunks(x, A.shape[1])
-        dA, found = torch.zeros_like(A), []
-        for part, head in zip(reversed(parts), reversed(heads), strict=True):
-            x_, d_, B_, C_, dy_ = x[:, part], delta[:, part], B[:, part], C[:, part], dy[:, part]
-            a, fresh = _selected(x_, d_, A, B_)
-            states = scan(a, fresh, initial=head)
-            before = torch.cat([head.unsqueeze(1), states[:, :-1]], 1)
+        work = _Blocks(x, delta, A, B, C)
+        dy, dh, dA = work.major(dy), dh.permute(2, 0, 1), torch.zeros_like(work.A)
+        dx, ddelta, dB, dC = (torch.empty_like(t) for t in (work.x, work.delta, work.B, work.C))
+        decay, states, grads, room = (work.buffer(more) for more in (0, 1, 0, 0))
+        for part, head in zip(reversed(work.parts), reversed(heads), strict=True):
+            a, s = work.states(part, head, decay, states, room)
+            u, d, out, size = work.input(part), work.delta[part].unsqueeze(1), dy[part].unsqueeze(1), len(a)
             # The gradient of a state is what its output asks for and what the next state passes back.
-            later = torch.cat([a[:, 1:], torch.ones_like(a[:, :1])], 1)
-            g = scan(later.flip(1), (dy_.unsqueeze(-1) * C_.unsqueeze(2)).flip(1), initial=dh).flip(1)
-            dh = a[:, 0] * g[:, 0]
-            by_decay = g * before * a
-            dA = dA + (by_decay * d_.unsqueeze(-1)).sum((0, 1))
-            by_input = _read_states(g, B_)  # of delta * x
-            dB = (g * (d_ * x_).unsqueeze(-1)).sum(2)
-            dC = (states * dy_.unsqueeze(-1)).sum(2)
-            found.append((by_input * d_, by_input * x_ + (by_decay * A).sum(-1), dB, dC))
-        dx, ddelta, dB, dC = (torch.cat(side, 1) for side in zip(*reversed(found), strict=True))
-        return dx, ddelta, dA, dB, dC, dh
+            g, free = _mul(out, work.C[part], grads[:size]), room[:size]
+            g[-1] += dh
+            work.scan_(a, g, free, back=True)
+            by_decay = a.mul_(g)
+            dh = a[0].clone()
+            by_decay.mul_(states[:size])
+            work.sum_channels(s, out, dC[part])
+            # Of delta * x.
+            by_input = _sum(_mul(g, work.B[part], free), 1, dx[part])
+            work.sum_channels(g, u, dB[part])
+            _sum(_mul(by_decay, work.A, free), 1, ddelta[part])
+            ddelta[part].addcmul_(by_input, work.x[part])
+            by_input.mul_(work.delta[part])
+            dA += by_decay.mul_(d).sum((0, 2), keepdim=True)[0]
+        dx, ddelta = dx.transpose(0, 1), ddelta.transpose(0, 1)
+        dB, dC = (t.squeeze(3).permute(2, 0, 1) for t in (dB, dC))
+        return dx, ddelta, dA[:, 0].T, dB, dC, dh.permute(1, 2, 0)
+
+
+class _Blocks:
+    """The inputs of a scan as blocks read them: (n, batch, channels), A (states, 1, channels), B and C
+    (n, states, batch, 1)."""
+
+    def __init__(self, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
+        self.wide = x.shape[0] > x.shape[2]  # many sequences of few channels
+        self.x, self.delta, self.A = self.major(x), self.major(delta), A.T.contiguous().unsqueeze(1)
+        self.B, self.C = (self.major(t).transpose(1, 2).unsqueeze(3) for t in (B, C))
+        room = STATES if x.device.type == "cpu" else 64 * STATES
+        n, self.stepwise = x.shape[1], self.wide and x.device.type == "cpu"
+        self.size = min(n, max(16, room // (x.shape[0] * A.numel()) - 1))
+        self.views: dict[Any, Any] = {}  # what the scan of a buffer reads and writes, operator by operator
+        self.parts = [slice(i, min(i + self.size, n)) for i in range(0, n, self.size)]
+
+    def major(self, t: Tensor) -> Tensor:
+        """(n, batch, channels)"""
+        return t.permute(2, 1, 0).contiguous().permute(1, 2, 0) if self.wide else t.transpose(0, 1).contiguous()
+
+    def buffer(self, more: int = 0) -> Tensor:
+        (_, batch, channels), states = self.x.shape, self.A.shape[0]
+        if self.wide:
+            return self.x.new_empty(states, channels, self.size + more, batch).permute(2, 0, 3, 1)
+        return self.x.new_empty(self.size + more, states, batch, channels)
+
+    def input(self, part: slice) -> Tensor:
+        return (self.delta[part] * self.x[part]).unsqueeze(1)
+
+    def states(
+        self, part: slice, head: Tensor, decay: Tensor, states: Tensor, room: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Decays and states of a block; before them in ``states`` is the head. Without ``room`` decays are lost."""
+        size = part.stop - part.start
+        a = _mul(self.delta[part].unsqueeze(1), self.A, decay[:size]).exp_()
+        states[0] = head
+        s = _mul(self.input(part), self.B[part], states[1 : size + 1])
+        s[0].addcmul_(a[0], head)
+        self.scan_(a, s, a if room is None else room[:size])
+        return a, s
+
+    def sum_channels(self, states: Tensor, by: Tensor, out: Tensor) -> None:
+        """The sum over channels of states * by; ``states`` are lost."""
+        if not self.wide:
+            _sum(states.mul_(by), 3, out)
+            return
+        _mul(states[..., :1], by[..., :1], out)
+        for c in range(1, states.shape[3]):
+            out.addcmul_(states[..., c : c + 1], by[..., c : c + 1])
+
+    def scan_(self, a: Tensor, h: Tensor, room: Tensor, *, back: bool = False) -> None:
+        """h_t += a_t h_{t-1}, or back in time h_t += a_{t+1} h_{t+1}, in place; products of ``a`` go to ``room``."""
+        key = len(h), back
+        if key not in self.views:
+            self.views[key] = list(_steps(a, h, back) if self.stepwise else _tree(room, h, back))
+        if not self.stepwise and back:
+            room[:-1], room[-1] = a[1:], 0
+        elif not self.stepwise and room is not a:
+            room.copy_(a)
+        for to, by, of, product in self.views[key]:
+            to.addcmul_(by, of)
+            if product is not None:
+                by.mul_(product)
+
+
+def _mul(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    # torch.compile takes contiguous tensors alone as `out`.
+    return out.copy_(x * y) if torch.compiler.is_compiling() else torch.mul(x, y, out=out)
+
+
+def _sum(x: Tensor, dim: int, out: Tensor) -> Tensor:
+    keepdim = out.dim() == x.dim()
+    if torch.compiler.is_compiling():
+        return out.copy_(x.sum(dim, keepdim))
+    return torch.sum(x, dim, keepdim, out=out)
+
+
+def _steps(a: Tensor, h: Tensor, back: bool) -> Iterator[tuple[Tensor, Tensor, Tensor, None]]:
+    """h_t += a_t h_{t-1} along the first dimension, or h_t += a_{t+1} h_{t+1}, as addcmul(to, by, of)."""
+    by, of = a.unbind(), h.unbind()
+    for t in range(1, len(of)):
+        yield (of[-t - 1], by[-t], of[-t], None) if back else (of[t], by[t], of[t - 1], None)
+
+
+def _tree(a: Tensor, h: Tensor, back: bool) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """h_t += a_t h_{t-1} along the first dimension, or h_t += a_t h_{t+1}, up and down the tree of Brent and Kung:
+    O(n) work in O(log n) operators addcmul(to, by, of), each followed by mul(by, product)."""
+    n, lags = len(h), [1 << i for i in range((len(h) - 1).bit_length())]
+    for lag, down in [(lag, False) for lag in lags] + [(lag, True) for lag in reversed(lags)]:
+        first = 3 * lag - 1 if down else 2 * lag - 1
+        last = first + (n - 1 - first) // (2 * lag) * 2 * lag
+        if first < n:
+            low, high = (n - 1 - last, n - 1 - first) if back else (first, last)
+            to, of = (slice(low + by, high + by + 1, 2 * lag) for by in (0, lag if back else -lag))
+            yield h[to], a[to], h[of], None if down else a[of]
 
 
 def fft_conv(
@@ -252,9 +352,14 @@ def fft_conv2d(
         return (toeplitz2d(kernel, (height, width), centre) @ x.flatten(2).unsqueeze(-1)).view_as(x)
     if dtype in (torch.float16, torch.bfloat16):
         x, kernel = x.float(), kernel.float()
-    full = [side + taps - 1 for side, taps in zip((height, width), kernel.shape[-2:], strict=True)]
+    # Room enough that nothing wraps around to what is kept.
+    full = [
+        max(taps, side + max(before, taps - 1 - before))
+        for side, taps, before in zip((height, width), kernel.shape[-2:], centre, strict=True)
+    ]
     size = [1 << (side - 1).bit_length() for side in full]
-    y = torch.fft.irfft2(torch.fft.rfft2(x, s=size) * torch.fft.rfft2(kernel, s=size), s=size)
+    how: dict[str, Any] = {"s": size, "dim": (-2, -1)} if size[0] > 1 else {"s": size[1:], "dim": (-1,)}
+    y = torch.fft.irfftn(torch.fft.rfftn(x, **how) * torch.fft.rfftn(kernel, **how), **how)
     return y[..., centre[0] : centre[0] + height, centre[1] : centre[1] + width].to(dtype)
 
 

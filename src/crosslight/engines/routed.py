@@ -82,50 +82,112 @@ def visible(chosen: Chosen, block_size: int, m: int) -> Bool[Tensor, "batch head
     return table[..., :blocks].repeat_interleave(block_size, -1)[..., :m]
 
 
+# Own blocks ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Squares:
+    """The processor's fused kernel on blocks of a sequence that read themselves, where ``always`` says no more than
+    that: such small tiles are dear in many operators."""
+
+    size: int
+    causal: bool
+
+    @classmethod
+    def of(cls, text: str, tensors: list[Tensor], q: Tensor, k: Tensor) -> _Squares | None:
+        rule = masks.unpack(text, tensors)
+        causal = isinstance(rule, masks.And) and isinstance(rule.left, masks.Causal)
+        block = rule.right if isinstance(rule, masks.And) and causal else rule
+        fits = q.device.type == "cpu" and q.shape == k.shape
+        if not (fits and isinstance(block, masks.SameBlock) and q.shape[2] % block.size == 0):
+            return None
+        return cls(block.size, causal)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        heads = (self._cut(x) for x in (q, k, v))
+        out, lse = _fused(*heads, is_causal=self.causal, scale=scale)
+        return out.reshape(*q.shape[:3], v.shape[3]), lse.reshape(q.shape[:3])
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, scale: float
+    ) -> list[Tensor]:
+        """The share of these pairs, where ``out`` and ``lse`` are those of whole rows."""
+        heads = (self._cut(x) for x in (grad, q, k, v, out))
+        rows = lse.reshape(-1, 1, self.size)
+        by = _fused_backward(*heads, rows, 0.0, self.causal, scale=scale)
+        return [one.reshape(x.shape) for one, x in zip(by, (q, k, v), strict=True)]
+
+    def _cut(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, 1, self.size, x.shape[3])
+
+
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
 # The executor -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Groups:
-    """The pairs (query, chosen block) of a few heads in tiles: tile t stands for ``block[t]`` of head ``head[t]``, and
-    its rows are the queries ``query[t]``. Heads and queries are counted from the first one here."""
+class _Tiles:
+    """Tiles of one size: tile t stands for ``block[t]`` of head ``head[t]``, and its rows are the queries ``query[t]``.
+    Heads and queries are counted from the first one of the turn."""
 
     query: Int[Tensor, "tiles rows"]
     #: Rows that are left over, in which the first query of the tile stands again.
     empty: Bool[Tensor, "tiles rows"]
     block: Int[Tensor, "tiles"]
     head: Int[Tensor, "tiles"]
-    #: The row in which each pair lies; -1 for the choice -1.
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The pairs (query, chosen block) of a few heads: whole tiles, and smaller ones for what is left of each group."""
+
+    tiles: tuple[_Tiles, ...]
+    #: The row in which each pair lies, those of the first tiles first; -1 for the choice -1.
     row: Int[Tensor, "queries choices"]
+
+    @property
+    def rows(self) -> int:
+        return sum(tiles.query.numel() for tiles in self.tiles)
 
 
 def _group(chosen: Int[Tensor, "heads n choices"], blocks: int) -> _Groups:
     heads, n, choices = chosen.shape
     device = chosen.device
-    # About half of the middle group, so that little of its last tile is empty.
+    # About half of the middle group; and a quarter of this for the rest, so that little of the last tile is empty.
     size = min(256, max(16, 1 << (n * choices // blocks).bit_length() >> 2))
+    small = max(16, size // 4)
     nowhere = heads * blocks
     group = chosen + torch.arange(heads, device=device).view(-1, 1, 1) * blocks
     # Numbers of 16 bits are sorted ten times as fast.
     group = group.masked_fill(chosen < 0, nowhere).flatten().to(torch.int16 if nowhere < 1 << 15 else torch.int32)
     group, pair = group.sort(stable=True)
     counts = torch.bincount(group, minlength=nowhere + 1)[:nowhere]
-    count = int(counts.sum())
+    filled = (counts + small - 1) // small * small
+    whole, rest = filled // size, filled % size // small
+    count, wholes, rests = torch.stack([counts.sum(), whole.sum(), rest.sum()]).tolist()
     group, pair = group[:count].long(), pair[:count]
-    in_tiles = (counts + size - 1) // size
-    total = int(in_tiles.sum())
-    # A pair's place in its group, counted from the group's first tile.
-    start = (in_tiles.cumsum(0) - in_tiles) * size - (counts.cumsum(0) - counts)
-    place = start[group] + torch.arange(count, device=device)
-    query = torch.full((total * size,), -1, device=device)
+    # A pair's place in its group; whole tiles start with the first of the group, the others after all whole ones.
+    place = torch.arange(count, device=device) - (counts.cumsum(0) - counts)[group]
+    first = (whole.cumsum(0) - whole) * size
+    after = wholes * size + (rest.cumsum(0) - rest) * small - whole * size
+    place += torch.where(place < (whole * size)[group], first[group], after[group])
+    query = torch.full((wholes * size + rests * small,), -1, device=device)
     query[place] = pair // choices
     row = torch.full((heads * n * choices,), -1, device=device)
     row[pair] = place
-    of_tile = torch.repeat_interleave(torch.arange(nowhere, device=device), in_tiles, output_size=total)
-    query = query.view(total, size)
-    empty = query < 0
-    query = torch.where(empty, query[:, :1], query)
-    return _Groups(query, empty, of_tile % blocks, of_tile // blocks, row.view(heads * n, choices))
+    numbers = torch.arange(nowhere, device=device)
+
+    def tiles_of(query: Tensor, rows: int, each: Tensor, total: int) -> _Tiles:
+        query = query.view(total, rows)
+        empty, of = query < 0, torch.repeat_interleave(numbers, each, output_size=total)
+        return _Tiles(torch.where(empty, query[:, :1], query), empty, of % blocks, of // blocks)
+
+    parts = query.split([wholes * size, rests * small])
+    both = tiles_of(parts[0], size, whole, wholes), tiles_of(parts[1], small, rest, rests)
+    return _Groups(both, row.view(heads * n, choices))
 
 
 class _Work:
@@ -156,21 +218,25 @@ class _Work:
                 kept[first] = _group(self.chosen[first:stop], self.blocks)
             yield first, stop, kept[first]
 
-    def chunks(self, first: int, groups: _Groups) -> Iterator[tuple[slice, Tensor, Tensor, tiles.Hidden | None]]:
-        """Of a turn that starts at head ``first``: the rows of a few tiles, their queries, their blocks in the table,
-        and what is hidden."""
-        count, rows = groups.query.shape
-        head = groups.head + first
-        batch, head = head // self.heads, head % self.heads
-        block = (batch * self.kv_heads + head // (self.heads // self.kv_heads)) * self.blocks + groups.block
-        query = groups.query
-        step = max(1, sparse.CHUNK // (rows * self.size))
-        for start in range(0, count, step):
-            here = slice(start, min(start + step, count))
-            hidden = None
-            if self.rule is not None or self.m % self.size:
-                hidden = self._hidden(batch[here], head[here], query[here] % self.n, groups.block[here])
-            yield slice(here.start * rows, here.stop * rows), query[here].flatten(), block[here], hidden
+    def chunks(
+        self, first: int, groups: _Groups
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, tiles.Hidden | None]]:
+        """Of a turn that starts at head ``first``, for a few tiles of one size: where their rows are, their queries,
+        which of these are empty, their blocks in the table, and what is hidden."""
+        done = 0
+        for level in groups.tiles:
+            head = level.head + first
+            batch, head = head // self.heads, head % self.heads
+            block = (batch * self.kv_heads + head // (self.heads // self.kv_heads)) * self.blocks + level.block
+            count, rows = level.query.shape
+            step = max(1, sparse.CHUNK // (rows * self.size))
+            for start in range(0, count, step):
+                here = slice(start, min(start + step, count))
+                filled, done = slice(done, done + (here.stop - start) * rows), done + (here.stop - start) * rows
+                query, hidden = level.query[here], None
+                if self.rule is not None or self.m % self.size:
+                    hidden = self._hidden(batch[here], head[here], query % self.n, level.block[here])
+                yield filled, query, level.empty[here], block[here], hidden
 
     def _hidden(self, b: Tensor, h: Tensor, i: Tensor, block: Tensor) -> tiles.Hidden:
         j = (block[:, None] * self.size + torch.arange(self.size, device=self.device))[:, None]
@@ -211,19 +277,21 @@ def _forward(
     """Output and log-sum-exp; the groups stay in ``kept`` for the backward pass."""
     with torch.autocast(q.device.type, enabled=False):
         work, room = _Work(q, k, chosen, text, tensors, block_size), tiles.Room()
-        q = q * scale
         if text_always == _NONE:
             out = q.new_zeros(*q.shape[:3], v.shape[3])
             lse = q.new_full(q.shape[:3], -math.inf, dtype=work.dtype)
+        elif squares := _Squares.of(text_always, tensors_always, q, k):
+            out, lse = squares.forward(q, k, v, scale)
         else:
-            out, lse = sparse.forward(q, k, v, tensors_always, text_always, 1.0, True)
+            out, lse = sparse.forward(q, k, v, tensors_always, text_always, scale, True)
         flat_q, table_k, table_v = q.flatten(0, 1), work.table(k), work.table(v)
         part = flat_q.new_empty(0, v.shape[3], dtype=work.dtype)
         for first, stop, groups in work.turns(max(q.shape[3], v.shape[3]), {} if kept is None else kept):
-            here_q, rows = flat_q[first:stop].reshape(-1, q.shape[3]), groups.query.shape[1]
-            part = _buffer(part, groups.query.numel(), v.shape[3])
-            part_lse = part.new_full((groups.query.numel() + 1,), -math.inf)  # the last is that of the choice -1
-            for filled, query, block, hidden in work.chunks(first, groups):
+            here_q = flat_q[first:stop].reshape(-1, q.shape[3])
+            part = _buffer(part, groups.rows, v.shape[3])
+            part_lse = part.new_full((groups.rows + 1,), -math.inf)  # the last is that of the choice -1
+            for filled, query, _, block, hidden in work.chunks(first, groups):
+                query, rows = query.flatten(), query.shape[1]
                 _, row_lse = tiles.forward(
                     room.rows("q", here_q, query).to(work.dtype).view(1, -1, 1, rows, q.shape[3]),
                     room.rows("k", table_k, block).to(work.dtype)[None],
@@ -231,6 +299,7 @@ def _forward(
                     hidden,
                     room,
                     into=part[filled].view(-1, rows, v.shape[3]),
+                    scale=scale,
                 )
                 assert row_lse is not None
                 part_lse[filled] = row_lse.flatten()
@@ -254,6 +323,7 @@ def _backward(
     chosen: Tensor,
     tensors: list[Tensor],
     tensors_always: list[Tensor],
+    out: Tensor | None,
     lse: Tensor,
     grad: Tensor,
     delta: Tensor,
@@ -264,13 +334,16 @@ def _backward(
     *,
     kept: dict[int, _Groups] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """``out``, where the gradient by the log-sum-exp is none: the fused kernel makes its own delta of it."""
     with torch.autocast(q.device.type, enabled=False):
         work, room = _Work(q, k, chosen, text, tensors, block_size), tiles.Room()
-        q, lse = q * scale, sparse.whole_rows(lse)
+        lse = sparse.whole_rows(lse)
         if text_always == _NONE:
             by_q, by_k, by_v = (torch.zeros_like(x, dtype=work.dtype) for x in (q, k, v))
+        elif out is not None and (squares := _Squares.of(text_always, tensors_always, q, k)):
+            by_q, by_k, by_v = (x.to(work.dtype) for x in squares.backward(q, k, v, out, lse, grad, scale))
         else:
-            by = sparse.backward(q, k, v, tensors_always, grad, delta, text_always, 1.0, lse)
+            by = sparse.backward(q, k, v, tensors_always, grad, delta, text_always, scale, lse)
             by_q, by_k, by_v = (x.to(work.dtype) for x in by)
         # The sums of both ways of reading gather in the same place.
         flat_q, flat_grad, table_k, table_v = q.flatten(0, 1), grad.flatten(0, 1), work.table(k), work.table(v)
@@ -280,11 +353,12 @@ def _backward(
         for first, stop, groups in work.turns(max(q.shape[3], v.shape[3]), {} if kept is None else kept):
             here_q = flat_q[first:stop].reshape(-1, q.shape[3])
             here_grad = flat_grad[first:stop].reshape(-1, v.shape[3])
-            here_delta, rows = delta[first:stop].flatten(), groups.query.shape[1]
-            part = _buffer(part, groups.query.numel(), q.shape[3])
-            # What stands in empty rows counts e^-40 times, which no sum notices; e^-inf would be slow.
-            here_lse = lse[first:stop].flatten()[groups.query.flatten()] + 40.0 * groups.empty.flatten()
-            for filled, query, block, hidden in work.chunks(first, groups):
+            here_delta, here_lse = delta[first:stop].flatten(), lse[first:stop].flatten()
+            part = _buffer(part, groups.rows, q.shape[3])
+            for filled, query, empty, block, hidden in work.chunks(first, groups):
+                query, rows = query.flatten(), query.shape[1]
+                # What stands in empty rows counts e^-40 times, which no sum notices; e^-inf would be slow.
+                row_lse = here_lse.index_select(0, query).add_(empty.flatten(), alpha=40)
                 _, grad_k, grad_v = tiles.backward(
                     room.rows("q", here_q, query).to(work.dtype).view(1, -1, 1, rows, q.shape[3]),
                     room.rows("k", table_k, block).to(work.dtype)[None],
@@ -293,14 +367,15 @@ def _backward(
                     room,
                     room.rows("grad", here_grad, query).to(work.dtype).view(1, -1, 1, rows, v.shape[3]),
                     here_delta.index_select(0, query).view(1, -1, 1, rows),
-                    here_lse[filled].view(1, -1, 1, rows),
+                    row_lse.view(1, -1, 1, rows),
                     into=part[filled].view(-1, rows, q.shape[3]),
+                    scale=scale,
                 )
                 table_by_k.flatten(1).index_add_(0, block, grad_k.view(block.shape[0], -1))
                 table_by_v.flatten(1).index_add_(0, block, grad_v.view(block.shape[0], -1))
             here_by = by_q.flatten(0, 1)[first:stop]
             here_by += _sum_rows(part, groups.row, (groups.row >= 0).to(part.dtype)).view_as(here_by)
-        return by_q.mul_(scale).to(q.dtype), work.untable(table_by_k, k), work.untable(table_by_v, v)
+        return by_q.to(q.dtype), work.untable(table_by_k, k), work.untable(table_by_v, v)
 
 
 class _Routed(torch.autograd.Function):
@@ -321,7 +396,8 @@ class _Routed(torch.autograd.Function):
             grad = torch.zeros_like(out)
         tensors, always = tensors[: ctx.split], tensors[ctx.split :]
         delta = sparse.delta_of(grad, out, grad_lse)
-        by = _backward(q, k, v, chosen, tensors, always, lse, grad, delta, *ctx.how, kept=ctx.kept)
+        out = out if grad_lse is None else None
+        by = _backward(q, k, v, chosen, tensors, always, out, lse, grad, delta, *ctx.how, kept=ctx.kept)
         return *by, *[None] * 7
 
 
@@ -358,6 +434,7 @@ def _routed_backward(
     chosen: Tensor,
     tensors: list[Tensor],
     tensors_always: list[Tensor],
+    out: Tensor | None,
     lse: Tensor,
     grad: Tensor,
     delta: Tensor,
@@ -366,12 +443,13 @@ def _routed_backward(
     block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    by = _backward(q, k, v, chosen, tensors, tensors_always, lse, grad, delta, text, text_always, block_size, scale)
+    how = (text, text_always, block_size, scale)
+    by = _backward(q, k, v, chosen, tensors, tensors_always, out, lse, grad, delta, *how)
     return by[0].contiguous(), by[1].contiguous(), by[2].contiguous()
 
 
 @_routed_backward.register_fake
-def _(q, k, v, chosen, tensors, tensors_always, lse, grad, delta, text, text_always, block_size, scale):
+def _(q, k, v, chosen, tensors, tensors_always, out, lse, grad, delta, text, text_always, block_size, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -385,7 +463,8 @@ def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple:
     q, k, v, chosen, out, lse, *tensors = ctx.saved_tensors
     tensors, always = tensors[: ctx.split], tensors[ctx.split :]
     delta = sparse.delta_of(grad, out, grad_lse)
-    by = _routed_backward(q, k, v, chosen, tensors, always, lse, grad, delta, *ctx.how)
+    # Here the gradient by the log-sum-exp is never none.
+    by = _routed_backward(q, k, v, chosen, tensors, always, None, lse, grad, delta, *ctx.how)
     return *by, None, [None] * ctx.split, [None] * ctx.count, None, None, None, None
 
 

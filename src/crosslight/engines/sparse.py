@@ -231,14 +231,14 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         work, room = _Work(q, k, text, tensors), tiles.Room()
-        flat_q, flat_k = work.flat(q if scale == 1 else q * scale), work.flat(k, work.plan.unit)
+        flat_q, flat_k = work.flat(q), work.flat(k, work.plan.unit)
         flat_v = work.flat(v, work.plan.unit)
         out = flat_q.new_zeros(*flat_q.shape[:2], v.shape[3], dtype=work.dtype)
         # The log-sum-exp, and whether there is one: rows outside of the plan have none.
         stats = flat_q.new_zeros(*flat_q.shape[:2], 2 if want_lse else 0, dtype=work.dtype)
         for part, chunk, hidden in work:
             args = (work.queries(part, flat_q, chunk), work.keys(part, flat_k, chunk), work.keys(part, flat_v, chunk))
-            y, lse = tiles.forward(*args, hidden, room, want_lse)
+            y, lse = tiles.forward(*args, hidden, room, want_lse, scale=scale)
             work.add_queries(part, out, chunk, y)
             if lse is not None:
                 some = lse.isfinite()
@@ -276,7 +276,7 @@ def backward(
     """Gradients; with ``lse`` of `whole_rows`, those of the part that this mask has in rows of more keys."""
     with torch.autocast(q.device.type, enabled=False):
         work, room = _Work(q, k, text, tensors), tiles.Room()
-        flat_q, flat_k = work.flat(q if scale == 1 else q * scale), work.flat(k, work.plan.unit)
+        flat_q, flat_k = work.flat(q), work.flat(k, work.plan.unit)
         flat_v, flat_grad, delta = work.flat(v, work.plan.unit), work.flat(grad), delta.flatten(0, 1)[..., None]
         flat_lse = None if lse is None else lse.flatten(0, 1)[..., None]
         grad_q, grad_k, grad_v = work.zeros(flat_q), work.zeros(flat_k), work.zeros(flat_v)
@@ -284,13 +284,13 @@ def backward(
             args = (work.queries(part, flat_q, chunk), work.keys(part, flat_k, chunk), work.keys(part, flat_v, chunk))
             by = work.queries(part, flat_grad, chunk), work.queries(part, delta, chunk).squeeze(-1)
             rows = None if flat_lse is None else work.queries(part, flat_lse, chunk)
-            by_q, by_k, by_v = tiles.backward(*args, hidden, room, *by, rows)
+            by_q, by_k, by_v = tiles.backward(*args, hidden, room, *by, rows, scale=scale)
             work.add_queries(part, grad_q, chunk, by_q)
             work.add_keys(part, grad_k, chunk, by_k)
             work.add_keys(part, grad_v, chunk, by_v)
         m = k.shape[2]
         return (
-            (grad_q if scale == 1 else grad_q.mul_(scale)).unflatten(0, q.shape[:2]).to(q.dtype),
+            grad_q.unflatten(0, q.shape[:2]).to(q.dtype),
             grad_k[:, :m].unflatten(0, k.shape[:2]).to(k.dtype),
             grad_v[:, :m].unflatten(0, v.shape[:2]).to(v.dtype),
         )

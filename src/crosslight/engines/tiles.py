@@ -1,7 +1,7 @@
 """Softmax attention inside a batch of tiles: a few queries on a few keys each, with the log-sum-exp of their scores.
 
 The sparse engine cuts attention into tiles and adds their results up; this module is the arithmetic of one batch of
-tiles and its gradient. Queries come already scaled. Shapes, with s key/value heads and g query heads to each:
+tiles and its gradient. Shapes, with s key/value heads and g query heads to each:
 
     q, out          (s, tiles, g, rows, dim)
     k, v            (s, tiles, keys, dim)
@@ -27,7 +27,8 @@ class Hidden:
     """Which pairs of a tile may not be read, ready to be added to scores."""
 
     #: 0 where a key may be read, else a number so low that its weight is exactly zero. It is finite, as the softmax of
-    #: a row of -inf is NaN; and a sum is many times faster than a boolean fill.
+    #: a row of -inf is NaN; and a sum is many times faster than a boolean fill. It may end before the last keys, if
+    #: these are read by all.
     floor: Tensor
     #: Rows with nothing to read, (..., rows, 1).
     empty: Tensor
@@ -54,19 +55,25 @@ class Room:
             held = self._held[name] = like.new_empty(size)
         return held[:size].view(shape)
 
-    def bmm(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        return torch.bmm(a, b, out=self.take(name, a, a.shape[0], a.shape[1], b.shape[2]))
+    def bmm(self, name: str, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+        """scale * a b."""
+        return _bmm(a, b, self.take(name, a, a.shape[0], a.shape[1], b.shape[2]), scale)
 
     def rows(self, name: str, table: Tensor, index: Tensor) -> Tensor:
         """table[index] along the first dimension."""
         return torch.index_select(table, 0, index, out=self.take(name, table, index.shape[0], *table.shape[1:]))
 
 
-def _scores(q: Tensor, k: Tensor, hidden: Hidden | None, room: Room) -> Tensor:
+def _bmm(a: Tensor, b: Tensor, out: Tensor, scale: float) -> Tensor:
+    """A product takes its factor along; queries that were scaled before would be a pass over fresh memory."""
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
+
+
+def _scores(q: Tensor, k: Tensor, hidden: Hidden | None, room: Room, scale: float) -> Tensor:
     """(s * tiles, g * rows, keys)."""
-    scores = room.bmm("scores", q.flatten(2, 3).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+    scores = room.bmm("scores", q.flatten(2, 3).flatten(0, 1), k.flatten(0, 1).transpose(1, 2), scale)
     if hidden is not None:
-        scores.view(*q.shape[:4], -1).add_(hidden.floor)
+        scores.view(*q.shape[:4], -1)[..., : hidden.floor.shape[-1]].add_(hidden.floor)
     return scores
 
 
@@ -78,18 +85,22 @@ def forward(
     room: Room,
     want_lse: bool = True,
     into: Tensor | None = None,
+    *,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention inside each tile, and the log-sum-exp of each row. Empty rows give 0 and -inf.
 
     ``into`` (s * tiles, g * rows, dim) is where the output is written, if given.
     """
-    weights = _scores(q, k, hidden, room)
-    top = weights.amax(-1, keepdim=True)
+    weights = _scores(q, k, hidden, room, scale)
+    if hidden is None or want_lse:
+        top = weights.amax(-1, keepdim=True)
     if hidden is None:  # in place, and divided where there are fewer numbers: faster than softmax
         total = weights.sub_(top).exp_().sum(-1, keepdim=True)
     else:  # exp alone is slow where it underflows
         weights = torch.softmax(weights, -1, out=room.take("weights", weights, *weights.shape))
-        total = weights.amax(-1, keepdim=True).reciprocal_()
+        if want_lse:
+            total = weights.amax(-1, keepdim=True).reciprocal_()
     if into is None:
         into = room.take("out", weights, *weights.shape[:2], v.shape[-1])
     out = torch.bmm(weights, v.flatten(0, 1), out=into)
@@ -114,15 +125,17 @@ def backward(
     delta: Tensor,
     lse: Tensor | None = None,
     into: Tensor | None = None,
+    *,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by the scaled q, k and v, in this room; ``into`` as in `forward`, for that by q.
+    """Gradients by q, k and v, in this room; ``into`` as in `forward`, for that by q.
 
     ``grad`` is the gradient by the tile's output. ``delta`` (s, tiles, g, rows) is what each row subtracts: the sum of
     grad * out over the channels, less the gradient by the log-sum-exp. Where a row's keys are spread over several
     tiles, out and ``lse`` (s, tiles, g, rows) are those of the whole row; inf for rows that take no part. Without
     ``lse`` the tile holds whole rows.
     """
-    weights = _scores(q, k, hidden, room)
+    weights = _scores(q, k, hidden, room, scale)
     if lse is None:
         weights = torch.softmax(weights, -1, out=room.take("weights", weights, *weights.shape))
         if hidden is not None:
@@ -133,8 +146,7 @@ def backward(
             weights.exp_()
         else:  # zero again what was hidden, without an exp that underflows
             least = 0.9 * math.log(torch.finfo(weights.dtype).tiny)
-            seen = weights > least
-            weights.clamp_(min=least).exp_().mul_(seen)
+            torch.threshold_(weights.clamp_(min=least).exp_(), 2 * math.exp(least), 0.0)
     flat_q, flat_grad = q.flatten(2, 3).flatten(0, 1), grad.flatten(2, 3).flatten(0, 1)
     flat_k, flat_v = k.flatten(0, 1), v.flatten(0, 1)
     grad_v = room.bmm("grad_v", weights.transpose(1, 2), flat_grad)
@@ -142,6 +154,6 @@ def backward(
     by_score.sub_(delta.reshape(*flat_grad.shape[:2], 1)).mul_(weights)
     if into is None:
         into = room.take("grad_q", flat_q, *flat_q.shape)
-    grad_q = torch.bmm(by_score, flat_k, out=into)
-    grad_k = room.bmm("grad_k", by_score.transpose(1, 2), flat_q)
+    grad_q = _bmm(by_score, flat_k, into, scale)
+    grad_k = room.bmm("grad_k", by_score.transpose(1, 2), flat_q, scale)
     return grad_q.view_as(q), grad_k.view_as(k), grad_v.view(*k.shape[:3], -1)

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crosslight.attention.base import Core
+from crosslight.attention.base import Core, How
 from crosslight.engines import dense, masks
 from crosslight.errors import CrosslightError, UnsupportedPattern, expect
 
@@ -230,6 +230,8 @@ def attend(
     softcap: float | None = None,
     sinks: Float[Tensor, " heads"] | None = None,
     wanted: bool = False,
+    caches: bool = False,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention call of a host whose heads are at hand.
 
@@ -240,6 +242,8 @@ def attend(
         causal: query i, at position offset + i, reads keys j <= offset + i.
         dropout: probability, already 0 outside training.
         softcap, sinks: tanh cap of the scores and a learned score per head that no key has (Gemma 2, gpt-oss).
+        caches: keys before those of the layer's own input are of a cache of earlier tokens.
+        window: how many tokens such a cache holds at most.
 
     Returns:
         The output, (batch, heads, n, value_dim), and the matrix where one was formed.
@@ -265,11 +269,32 @@ def attend(
         q = q * (scale * q.shape[-1] ** 0.5)
     if not core.grouped:
         k, v = dense.repeat_heads(k, q.shape[1]), dense.repeat_heads(v, q.shape[1])
-    how = _for_core(core, q, k, keep, bias, causal, offset, here.context is not None)
+    n, m = q.shape[2], k.shape[2]
+    # Keys beyond those of the layer's own input; or none yet, and one token.
+    own = here.context is None and here.hidden is not None and here.hidden.shape[1] == n
+    cached = caches and own and (n < m or n == 1)
+    if cached and not torch.compiler.is_compiling():
+        if causal:
+            triangle = masks.causal().dense(1, 1, n, m, device=q.device, offset=offset)
+            keep, causal = triangle if keep is None else keep & triangle, False
+        m = max(n, _filled(keep, bias, m))  # a cache of fixed size is empty after the last query
+        k, v = k[:, :, :m], v[:, :, :m]
+        keep, bias = (t if t is None else t[..., :m] for t in (keep, bias))
+    how, before = _for_core(core, q, k, keep, bias, causal, offset, here.context is not None, cached)
+    expect(
+        not before or window is None or m < window,
+        "swap",
+        f"cached keys for {core.card.id} from a cache that drops those before its window of {window}",
+        "use_cache=False",
+    )
+
+    def rows(call: Callable[[Tensor], Tensor]) -> Tensor:
+        return _continued(core, call, q, before, (q, k, v)) if before else call(q)
+
     return here.pass_(
-        weights=lambda: core.weights(q, k, **how),
-        read=lambda a: core.read(a, v),
-        plain=lambda: core(q, k, v, **how),
+        weights=lambda: rows(lambda q: core.weights(q, k, **how)),
+        read=lambda a: core.read(F.pad(a, (0, 0, before, 0)) if before else a, v)[:, :, before:],
+        plain=lambda: rows(lambda q: core(q, k, v, **how)),
         wanted=wanted,
         linear=core.card.linear_in_values,
         q=q,
@@ -296,12 +321,49 @@ def _softmax(q, k, scale, keep, bias, causal, offset, softcap, sinks):
     return dense.softmax(wide, keep).to(s.dtype)
 
 
-def _for_core(core, q, k, keep, bias, causal, offset, cross):
-    """What the host says about who may read whom, in the words of a core."""
-    n, m = q.shape[2], k.shape[2]
+def _filled(keep: Tensor | None, bias: Tensor | None, m: int) -> int:
+    """How many of m keys there are up to the last that is read."""
+    for rule in (keep, None if bias is None else _shown(bias)):
+        if rule is not None and rule.any():
+            m = min(m, int(rule.flatten(0, -2).any(0).nonzero().max()) + 1)
+    return m
+
+
+def _shown(bias: Tensor) -> Tensor:
+    """Additive masks hold a huge negative number where nothing may be read."""
+    return bias > torch.finfo(bias.dtype).min / 4
+
+
+def _continued(
+    core: Core, call: Callable[[Tensor], Tensor], q: Heads, before: int, given: tuple[Tensor, ...]
+) -> Tensor:
+    """The last rows of a call over the whole sequence, for a core that one row of keys would not tell its place.
+
+    The ``before`` earlier queries are in no cache. They are NaN here, so that a core whose later rows depend on them
+    is found out.
+    """
+    training = core.training
+    core.eval()  # running statistics are of whole sequences
+    try:
+        with torch.no_grad():
+            y = call(F.pad(q, (0, 0, before, 0), value=math.nan))[:, :, before:]
+        expect(
+            not y.isnan().any() or any(bool(t.isnan().any()) for t in given),
+            "swap",
+            f"cached keys for {core.card.id}, which needs the earlier queries as well",
+            "use_cache=False",
+        )
+        return call(F.pad(q, (0, 0, before, 0)))[:, :, before:] if torch.is_grad_enabled() else y
+    finally:
+        core.train(training)
+
+
+def _for_core(core, q, k, keep, bias, causal, offset, cross, cached):
+    """What the host says about who may read whom, in the words of a core, and the number of earlier queries that have
+    to be put before those of the call."""
+    n, m, before = q.shape[2], k.shape[2], 0
     if bias is not None:
-        # Additive masks hold a huge negative number where nothing may be read.
-        shown = bias > torch.finfo(bias.dtype).min / 4
+        shown = _shown(bias)
         keep = shown if keep is None else keep & shown
         bias = bias.masked_fill(~shown, 0)
         if torch.compiler.is_compiling():
@@ -316,19 +378,33 @@ def _for_core(core, q, k, keep, bias, causal, offset, cross):
         )
     mask: masks.Mask | None = None
     if keep is not None and not causal and not torch.compiler.is_compiling():
-        causal, mask = structure(keep, n, m)
+        causal, mask = structure(keep, n, m, cached)
+        offset = m - n
     elif keep is not None:
         mask = masks.Pairs(keep.expand(keep.shape[0], keep.shape[1], n, m))
-    if causal and n == 1 and offset + 1 >= m:
+    if cached and n == 1 and not causal:
+        causal, offset = True, m - 1
+    # By the default step of a core, one row is that of its query over all keys so far.
+    alone = type(core).step is Core.step and (n == 1 or core.card.mask == "any")
+    if cached and n < m and (causal or mask is not None) and not alone:
+        compiling = torch.compiler.is_compiling()
+        expect(not compiling, "swap", f"cached keys for {core.card.id} in a compiled model", "use_cache=False")
+        before = m - n
+        if isinstance(mask, masks.Pairs):
+            earlier = masks.causal().dense(1, 1, before, m, device=q.device)
+            mask = masks.Pairs(torch.cat([earlier.expand(*mask.keep.shape[:2], -1, -1), mask.keep], 2))
+        bias = None if bias is None else F.pad(bias, (0, 0, before, 0))
+        n = m
+    if causal and n == 1 and offset + 1 >= m and (n < m or "causal-self" not in core.card.patterns):
         causal = False
     elif causal and n != m:
         triangle = masks.causal().dense(1, 1, n, m, device=q.device, offset=offset)
         causal, mask = False, masks.join(mask, masks.Pairs(triangle))
-    pattern = f"{'causal' if causal else 'noncausal'}-{'cross' if cross else 'self'}"
+    call = How(mask, causal, cross)
     # The last query of a causal sequence reads like one of a context.
-    if not (n == 1 and not causal) and pattern not in core.card.patterns:
+    if not (n == 1 and not causal) and call.pattern not in core.card.patterns:
         raise UnsupportedPattern(
-            f"swap: {core.card.id} has no {pattern} attention, which the host asks for; it has "
+            f"swap: {core.card.id} has no {call.pattern} attention, which the host asks for; it has "
             f"{', '.join(core.card.patterns)}. {core.card.why_not}".strip()
         )
     rest = masks.split(mask)[2]
@@ -339,12 +415,14 @@ def _for_core(core, q, k, keep, bias, causal, offset, cross):
             f"a host call with a mask that {core.card.id} cannot take",
             "key padding only" if core.card.mask == "keys" else "no mask",
         )
-    how: dict[str, Any] = {"mask": mask, "causal": causal}
-    return how if bias is None else how | {"bias": bias}
+    # Of queries that are fewer than the keys, as in decoding, a mask of keys says nothing.
+    how = {"mask": mask, "causal": causal, **core.extra(call if n == m else replace(call, cross=True))}
+    return (how if bias is None else how | {"bias": bias}), before
 
 
-def structure(keep: Tensor, n: int, m: int) -> tuple[bool, masks.Mask | None]:
-    """A boolean matrix as causal flag, key padding or, failing that, pairs: many mechanisms take only the first two."""
+def structure(keep: Tensor, n: int, m: int, cached: bool = False) -> tuple[bool, masks.Mask | None]:
+    """A boolean matrix as causal flag, key padding or, failing that, pairs: many mechanisms take only the first two.
+    Of a ``cached`` call, the last query is aligned with the last key."""
     keep = keep.expand(keep.shape[0], keep.shape[1], n, m)
     if keep.all():
         return False, None
@@ -353,7 +431,7 @@ def structure(keep: Tensor, n: int, m: int) -> tuple[bool, masks.Mask | None]:
         padding = None if last.all() else masks.keys(last[:, 0, 0])
         if torch.equal(keep, last.expand_as(keep)):
             return False, padding
-        if n == m and torch.equal(keep, last & torch.ones_like(keep).tril()):
+        if (n == m or cached) and torch.equal(keep, last & torch.ones_like(keep).tril(m - n)):
             return True, padding
     return False, masks.Pairs(keep)
 

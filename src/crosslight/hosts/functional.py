@@ -66,7 +66,7 @@ def sdpa(module, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=Fal
             attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, -4)
         keep, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
     how = {"scale": scale, "keep": keep, "bias": bias, "causal": is_causal, "dropout": dropout_p}
-    return attend(module, query, key, value, **how)[0].unflatten(0, batch)
+    return attend(module, query, key, value, **how, caches=True)[0].unflatten(0, batch)
 
 
 def _formed(module: nn.Module, weights: Tensor) -> Tensor:

@@ -3,11 +3,13 @@ other mechanism is ``read`` of its ``weights``."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from crosslight.attention.base import AttentionLayer, Core, Mechanism
+from crosslight.cards import Card
 from crosslight.errors import CrosslightError
 from crosslight.hosts.base import Site, Undo, bind, seat, site
 
@@ -63,23 +65,23 @@ class _led:
 
     def __enter__(self) -> None:
         here = seat(self.layer)
-        self.undo = bind(self.layer.core, "forward", lambda core, inner, *a, **how: _lead(here, core, inner, *a, **how))
+        self.undo = bind(self.layer.core, "forward", partial(_lead, here, self.layer.card))
 
     def __exit__(self, *exc: object) -> None:
         self.undo()
 
 
 def _core_forward(core: Core, inner: Any, q: Any, k: Any, v: Any, **how: Any) -> Any:
-    return _lead(seat(core), core, inner, q, k, v, **how)
+    return _lead(seat(core), core.card, core, inner, q, k, v, **how)
 
 
-def _lead(here: Any, core: Core, inner: Any, q: Any, k: Any, v: Any, **how: Any) -> Any:
+def _lead(here: Any, card: Card, core: Core, inner: Any, q: Any, k: Any, v: Any, **how: Any) -> Any:
     grid = {"grid": how["grid"]} if how.get("grid") is not None else {}
     return here.pass_(
         weights=lambda: core.weights(q, k, **how),
         read=lambda a: core.read(a, v, **grid),
         plain=lambda: inner(q, k, v, **how),
-        linear=core.card.linear_in_values,
+        linear=card.linear_in_values,
         q=q,
         k=k,
         v=v,

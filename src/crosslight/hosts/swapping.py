@@ -59,6 +59,10 @@ def swap(model: nn.Module, id: str, where: Where = None, **options: Any) -> Swap
     host's attention dropout does not apply to a core. What a row's layer does around its core, such as a gate or a
     norm, does not come along; a warning says so.
 
+    A model that decodes from a cache of keys and values gives what it gives without one. A core whose own decoding
+    carries more than these reads the whole sequence again at each step; one that needs the earlier queries as well
+    refuses, and is used with ``use_cache=False``.
+
     Args:
         model: any model whose attention Crosslight knows.
         id: a registered mechanism of kind token.
@@ -76,18 +80,25 @@ def swap(model: nn.Module, id: str, where: Where = None, **options: Any) -> Swap
     expect(kind == "token", "id", f"{id!r} of kind {kind}", "a mechanism of kind token")
     chosen = find.select(model, where)
     handle = Swap(id, chosen)
-    # A registered default that is the layer's, such as one key/value head, is a matter of projections: no core has it.
-    is_core = isinstance(make, type) and issubclass(make, Core) and set(defaults) <= {"bias", *_own_options(make)}
-    if is_core:
+    whole = not is_core(make, defaults)
+    if not whole:
         defaults = {name: value for name, value in defaults.items() if name != "bias"}
     try:
         for site in chosen:
-            put = _core if is_core else _layer
+            put = _layer if whole else _core
             handle._undos.append(put(model, site, id, make, {**defaults, **options}))
     except BaseException:
         handle.restore()
         raise
     return handle
+
+
+def is_core(make: Callable[..., Any], defaults: dict[str, Any]) -> bool:
+    """Whether what is registered works on the heads of any host. A default that is the layer's, such as one key/value
+    head, is a matter of projections: no core has it."""
+    if not (isinstance(make, type) and issubclass(make, Core)) or make.needs_layer:
+        return False
+    return set(defaults) <= {"bias", *_own_options(make)}
 
 
 def _like(new: nn.Module, host: nn.Module) -> nn.Module:

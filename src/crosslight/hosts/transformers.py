@@ -121,5 +121,7 @@ def _attention(
         softcap=softcap,
         sinks=s_aux,
         wanted=bool(rest.get("output_attentions")),
+        caches=getattr(module, "is_causal", True),
+        window=rest.get("sliding_window"),
     )
     return made.transpose(1, 2).contiguous(), weights

@@ -6,7 +6,6 @@ of any other row each layer is made alone, as in the other tasks. Everything els
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,10 +22,7 @@ def stacked(entrant: Entrant, size: Size) -> nn.ModuleList:
     stack: Any = getattr(make, "stack", None)
     if stack is None:
         return nn.ModuleList(attention(entrant, size) for _ in range(size.depth))
-    if inspect.ismethod(stack):  # of the class
-        return stack(size.depth, **{"dim": size.dim, "heads": size.heads, **defaults, **entrant.options})
-    layer: Any = attention(entrant, size)
-    return layer.stack(size.depth)
+    return stack(size.depth, **{"dim": size.dim, "heads": size.heads, **defaults, **entrant.options})
 
 
 class StackModel(LanguageModel):

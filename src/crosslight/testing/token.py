@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosslight.attention.base import Mechanism
+from crosslight.attention.base import AttentionLayer, Core, How, Mechanism
 from crosslight.cards import PATTERNS, Card
 from crosslight.engines import masks
 from crosslight.engines.backend import Backend, backend
@@ -199,6 +199,45 @@ def masked_keys_have_no_influence(make: Make, card: Card, pattern: str) -> None:
     if card.linear_in_values:
         weight = call.weights(attn, mask).masked_fill(mask[:, None, None], 0).abs().max().item()
         assert weight <= EXACT, f"weights on masked keys are {weight:.1e}"
+
+
+@declare("token", when=lambda card: card.mask != "none")
+def training_leaves_out_padding(make: Make, card: Card, pattern: str) -> None:
+    """In training mode, too, a masked key changes nothing: neither what is read nor what buffers count."""
+    call = inputs(make(), pattern, 19, 19)
+    mask = padding(call, 19, 7)
+    mask[0, 3] = False
+    changed = torch.where(mask.unsqueeze(-1), call.source, 10 * torch.randn_like(call.source))
+    seen = []
+    for each in (call, call.on(changed)):
+        attn = make().train()
+        torch.manual_seed(0)  # both drop the same
+        y = each(attn, mask)
+        seen.append({"the output": y[mask] if call.context is None else y, **dict(attn.named_buffers())})
+    for name, expected in seen[0].items():
+        close(seen[1][name], expected, f"{name} with masked keys changed")
+
+
+@declare("token", when=lambda card: card.mask != "none")
+def core_is_told_of_padding(make: Make, card: Card, pattern: str) -> None:
+    """Also where a host calls the core, with its own heads and what `extra` says, a masked token of x changes no output
+    but its own."""
+    attn = make()
+    if not (isinstance(attn, AttentionLayer) and issubclass(make.cls, Core)):
+        raise Skip("no core that a host could call")
+    if pattern.endswith("cross"):
+        raise Skip("queries of another stream than the keys")
+    call = inputs(attn, pattern, 19)
+    mask = padding(call, 19, 7)
+    mask[0, 3] = False
+    how = How(masks.keys(mask), call.causal)
+
+    def output(x: Tensor) -> Tensor:
+        heads = attn._heads(x, x, how)
+        return attn.core(*heads, mask=how.mask, causal=call.causal, **attn.core.extra(how)).transpose(1, 2)[mask]
+
+    y = output(call.x)
+    close(output(torch.where(mask.unsqueeze(-1), call.x, 10 * torch.randn_like(call.x))), y, "output of the core")
 
 
 @declare("token", when=lambda card: card.mask == "any")
