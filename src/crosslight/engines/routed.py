@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     Out = Float[Tensor, "batch heads n value_dim"]
     LSE = Float[Tensor, "batch heads n"]
 
-#: Numbers that the parts of the queries may take before they are joined; above it heads are taken in turns.
-BUFFER = 1 << 24
+#: Numbers that the parts of the queries may take before they are joined; above it heads are taken in turns. Twice as
+#: many would be 64 MiB, which the allocator gives back to the system and gets as fresh pages each time.
+BUFFER = 1 << 23
 _NONE = masks.pack(None)[0]
 
 

@@ -252,8 +252,9 @@ def forward(
 
 def delta_of(grad: Tensor, out: Tensor, grad_lse: Tensor | None) -> LSE:
     """What each row subtracts in the gradient of its softmax, see `tiles.backward`."""
-    dtype = tiles.working_dtype(out.dtype)
-    delta = torch.linalg.vecdot(grad.to(dtype), out.to(dtype))
+    dtype, rows = tiles.working_dtype(out.dtype), max(1, CHUNK // max(1, out.shape[2] * out.shape[3]))
+    pairs = zip(grad.flatten(0, 1).split(rows), out.flatten(0, 1).split(rows), strict=True)
+    delta = torch.cat([torch.linalg.vecdot(g.to(dtype), o.to(dtype)) for g, o in pairs]).view(out.shape[:3])
     return delta if grad_lse is None else delta - grad_lse
 
 
