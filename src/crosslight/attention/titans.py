@@ -33,6 +33,7 @@ between is computed again, in mac also the attention and the readings of each se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -151,6 +152,13 @@ class _Again(torch.autograd.Function):
             return None, *(None for _ in needed)
         found = iter(torch.autograd.grad(outputs, wanted, given, allow_unused=True))
         return None, *(next(found) if n else None for n in needed)
+
+
+def _settled(w: Tensor) -> Tensor:
+    """The weights without those that have decayed to nothing: soon they would be subnormal numbers, on which arithmetic
+    is many times slower. Their gradient stays."""
+    least = math.sqrt(torch.finfo(w.dtype).tiny)
+    return w - (w * (w.abs() < least)).detach()
 
 
 def recomputed(fn: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -377,7 +385,7 @@ class NeuralMemory(nn.Module):
             for group in zip(*(t.split(size, 1) for t in whole), strict=True):
                 part = recomputed(self._group, *group, *weights)
                 parts.append(part[:count])
-                weights = part[4:]
+                weights = tuple(map(_settled, part[4:]))
         both = [w.unflatten(0, (batch, -1)) for w in weights]
         sides = [torch.cat(side, 1)[:, :n].unflatten(0, (batch, -1)) for side in zip(*parts, strict=True)]
         return sides, replace(state, both=both, head=[w[:, :, 0] for w in both])
