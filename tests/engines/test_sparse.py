@@ -428,6 +428,25 @@ def test_routed_compiles_as_one_graph():
         agree(results(lambda c=chosen: compiled(q, k, v, c, keep), (q, k, v)), expected)
 
 
+@pytest.mark.parametrize("value_dim", [8, 12])
+@pytest.mark.parametrize("causal", [False, True])
+def test_own_blocks_beside_chosen_ones(causal, value_dim):
+    q, k, v = (torch.randn(1, 2, 256, d, dtype=torch.float64, requires_grad=True) for d in (8, 8, value_dim))
+    block = torch.arange(256) // 32
+    chosen = torch.where(block > 0, block - 1, -1).view(1, 1, -1, 1).expand(1, 2, -1, -1)
+    own = masks.same_block(32)
+    own = masks.causal() & own if causal else own
+
+    def run():
+        y, _ = routed.attend(q, k, v, chosen, 32, always=own)
+        return y, *torch.autograd.grad(y.square().sum(), (q, k, v))
+
+    fast = run()
+    with backend("reference"):
+        for got, expected in zip(fast, run(), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
 def test_groups_waste_little():
     """Rows of tiles, for each pair of a query with a block it chose."""
     chosen = torch.rand(2, 4096, 32).topk(4, -1).indices

@@ -95,11 +95,11 @@ class _Squares:
     causal: bool
 
     @classmethod
-    def of(cls, text: str, tensors: list[Tensor], q: Tensor, k: Tensor) -> _Squares | None:
+    def of(cls, text: str, tensors: list[Tensor], q: Tensor, k: Tensor, v: Tensor) -> _Squares | None:
         rule = masks.unpack(text, tensors)
         causal = isinstance(rule, masks.And) and isinstance(rule.left, masks.Causal)
         block = rule.right if isinstance(rule, masks.And) and causal else rule
-        fits = q.device.type == "cpu" and q.shape == k.shape
+        fits = q.device.type == "cpu" and q.shape == k.shape == v.shape
         if not (fits and isinstance(block, masks.SameBlock) and q.shape[2] % block.size == 0):
             return None
         return cls(block.size, causal)
@@ -107,7 +107,7 @@ class _Squares:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         heads = (self._cut(x) for x in (q, k, v))
         out, lse = _fused(*heads, is_causal=self.causal, scale=scale)
-        return out.reshape(*q.shape[:3], v.shape[3]), lse.reshape(q.shape[:3])
+        return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, scale: float
@@ -229,12 +229,12 @@ class _Work:
             head = level.head + first
             batch, head = head // self.heads, head % self.heads
             block = (batch * self.kv_heads + head // (self.heads // self.kv_heads)) * self.blocks + level.block
-            count, rows = level.query.shape
-            step = max(1, sparse.CHUNK // (rows * self.size))
-            for start in range(0, count, step):
-                here = slice(start, min(start + step, count))
-                filled, done = slice(done, done + (here.stop - start) * rows), done + (here.stop - start) * rows
+            step = max(1, sparse.CHUNK // (level.query.shape[1] * self.size))
+            for start in range(0, len(level.query), step):
+                here = slice(start, start + step)
                 query, hidden = level.query[here], None
+                filled = slice(done, done + query.numel())
+                done = filled.stop
                 if self.rule is not None or self.m % self.size:
                     hidden = self._hidden(batch[here], head[here], query % self.n, level.block[here])
                 yield filled, query, level.empty[here], block[here], hidden
@@ -281,7 +281,7 @@ def _forward(
         if text_always == _NONE:
             out = q.new_zeros(*q.shape[:3], v.shape[3])
             lse = q.new_full(q.shape[:3], -math.inf, dtype=work.dtype)
-        elif squares := _Squares.of(text_always, tensors_always, q, k):
+        elif squares := _Squares.of(text_always, tensors_always, q, k, v):
             out, lse = squares.forward(q, k, v, scale)
         else:
             out, lse = sparse.forward(q, k, v, tensors_always, text_always, scale, True)
@@ -341,7 +341,7 @@ def _backward(
         lse = sparse.whole_rows(lse)
         if text_always == _NONE:
             by_q, by_k, by_v = (torch.zeros_like(x, dtype=work.dtype) for x in (q, k, v))
-        elif out is not None and (squares := _Squares.of(text_always, tensors_always, q, k)):
+        elif out is not None and (squares := _Squares.of(text_always, tensors_always, q, k, v)):
             by_q, by_k, by_v = (x.to(work.dtype) for x in squares.backward(q, k, v, out, lse, grad, scale))
         else:
             by = sparse.backward(q, k, v, tensors_always, grad, delta, text_always, scale, lse)
