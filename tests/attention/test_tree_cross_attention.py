@@ -1,5 +1,6 @@
 """Tree cross attention: the walk written out, and the invariants of its row."""
 
+import importlib
 import math
 
 import pytest
@@ -151,3 +152,20 @@ def test_bad_options_are_refused():
     for wrong in ({"branch": 1}, {"layers": 0}, {"context_dim": 13}):
         with pytest.raises(CrosslightError, match=next(iter(wrong))):
             made(**wrong)
+
+
+def test_many_queries_and_parents_are_taken_in_parts(monkeypatch):
+    torch.manual_seed(0)
+    attn, (x, z) = made(bptt=True), streams(n=7, m=23)
+
+    def taken():
+        inputs = [x.clone().requires_grad_(), z.clone().requires_grad_()]
+        y = attn(*inputs)
+        return y, *torch.autograd.grad(y.square().sum(), [*inputs, *attn.parameters()])
+
+    whole = taken()
+    module = importlib.import_module(type(attn).__module__)
+    monkeypatch.setattr(module, "QUERIES", 3)
+    monkeypatch.setattr(module, "PARENTS", 2)
+    for ours, theirs in zip(taken(), whole, strict=True):
+        torch.testing.assert_close(ours, theirs)

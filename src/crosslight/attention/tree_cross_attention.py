@@ -23,13 +23,14 @@ tree is in at least float32, as rounding would choose another way.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from crosslight.attention.backbone import Mlp
 from crosslight.attention.base import Mechanism
@@ -73,6 +74,11 @@ CARD = Card(
         margin=-0.05,
     ),
 )
+
+
+#: Queries that walk at a time, at least, and parents that are made at a time. What a query meets, 2 b log_b m rows, and
+#: what the aggregator computes on the way are not kept, but computed again for the gradient.
+QUERIES, PARENTS = 2048, 2048
 
 
 @dataclass
@@ -199,11 +205,14 @@ class TreeCrossAttention(Mechanism):
         for _ in range(self.depth(m)):
             below, counts = nodes.unflatten(1, (-1, children)), count.unflatten(1, (-1, children))
             below = below if self.bptt else below.detach()
-            nodes = in_full(self.aggregate, below.flatten(0, 1), counts.flatten(0, 1) > 0)
+            nodes = _in_parts(self._parents, PARENTS, below.flatten(0, 1), counts.flatten(0, 1) > 0, dim=0)
             nodes = nodes.unflatten(0, below.shape[:2])
             count, children = counts.sum(2), self.branch
             levels.append(self._level(nodes, count))
         return levels[::-1]
+
+    def _parents(self, children: Tensor, keep: Tensor) -> Tensor:
+        return in_full(self.aggregate, children, keep)
 
     def _walk(self, q: Heads, levels: list[Level], draw: bool) -> Iterator[Walk]:
         """Down the tree, level by level."""
@@ -250,8 +259,11 @@ class TreeCrossAttention(Mechanism):
         return self._split(in_full(self.q, x))
 
     def _ask(self, x: Stream, levels: list[Level]) -> Stream:
-        walks = list(self._walk(self._queries(x), levels, self.training))
-        return self._joined(self._shares(walks), walks, levels)
+        def part(x: Stream) -> Stream:
+            walks = list(self._walk(self._queries(x), levels, self.training))
+            return self._joined(self._shares(walks), walks, levels)
+
+        return _in_parts(part, max(QUERIES, x.shape[1] // 16), x, dim=1)
 
     def _forward(self, x, context, how):
         return self._ask(x, self._grow(context, how.mask))
@@ -302,6 +314,16 @@ class TreeCrossAttention(Mechanism):
     def _step(self, x, cache, context, how):
         cache = Planted(self._grow(context, how.mask)) if cache is None else cache
         return self._ask(x, cache.levels), cache
+
+
+def _in_parts(function: Callable[..., Tensor], size: int, *tensors: Tensor, dim: int) -> Tensor:
+    """``function`` of ``size`` slices at a time; of several, what it keeps for the gradient is computed again."""
+    if tensors[0].shape[dim] <= size:
+        return function(*tensors)
+    parts = zip(*(t.split(size, dim) for t in tensors), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([function(*part) for part in parts], dim)
+    return torch.cat([checkpoint(function, *part, use_reentrant=False) for part in parts], dim)
 
 
 def _taken(

@@ -187,6 +187,9 @@ def bench(
         require("jinja2", "report")
     import torch
 
+    from crosslight.bench.machine import steady
+
+    steady()  # before any other thread of torch starts, which takes the setting over
     if threads is not None:
         torch.set_num_threads(threads)
     if figures:
