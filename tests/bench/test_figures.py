@@ -48,6 +48,16 @@ def test_extra_memory_is_of_every_sub_quadratic_row(bench, monkeypatch):
         assert forward.detail.endswith("between heads")
 
 
+def test_every_sub_quadratic_row_has_its_extra_memory(bench, monkeypatch):
+    monkeypatch.setattr(figures, "K", 4)
+    monkeypatch.setattr(figures, "SIZES", {"dim": 512, "heads": 8})
+    bench = figures._Bench("cpu")
+    monkeypatch.setattr(figures.memory, "peak", lambda call, device: len([call()]))
+    found = list(figures.extra_memory(bench))
+    assert len(found) >= 80
+    assert {figure.name: figure.detail for figure in found if figure.value is None} == {}
+
+
 def test_figures_of_another_device_stay(tmp_path):
     (tmp_path / "bench").mkdir()
     (tmp_path / "docs").mkdir()

@@ -68,9 +68,10 @@ class ChannelGroups(ChannelCore):
     network: ClassVar[type[nn.Module]]
 
     def channels(self, q, k):
-        weights = (q.mT @ k * self.head_dim**-0.5).softmax(-1)
-        # Sums over thousands of tokens lie far apart. Subnormal weights count nothing, and slow the products with them.
-        return F.threshold(weights, 1e-30, 0)
+        scores = q.mT @ k * self.head_dim**-0.5
+        # Sums over thousands of tokens lie far apart. Weights below 1e-30 count nothing, but they and their gradients
+        # may be subnormal numbers, on which the products are many times slower.
+        return (scores - scores.detach().amax(-1, keepdim=True)).clamp(min=-69).softmax(-1)
 
     def running(self, q, k, state):
         pairs = running_sum(q.unsqueeze(-1) * k.unsqueeze(-2), state[0] if state else None)

@@ -235,6 +235,7 @@ def _core(entrant: Entrant, setting: Setting, mask: Mask | None) -> Callable[[in
         core = getattr(layer, "core", None)
         if core is None:
             raise Unsupported(f"level: {entrant.id} is a layer, with no core between heads")
+        _support(not core.needs_layer, f"level: the core of {entrant.id} reads more than queries, keys and values")
         parameters = [p for p in core.parameters() if p.requires_grad]
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
