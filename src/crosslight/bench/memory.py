@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -102,9 +103,15 @@ def keep_freed() -> None:
     have to be zeroed: where tensors are that large, a call takes up to twice as long, and time appears to grow faster
     than the work. Does nothing on a system without glibc.
     """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(_M_MMAP_MAX, 0)
-        ctypes.CDLL(None).mallopt(_M_TRIM_THRESHOLD, -1)
+    if (libc := _glibc()) is not None:
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, if it is glibc; to find out means to read Python's own program."""
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 #: Parameters of mallopt, from malloc.h.
@@ -136,8 +143,8 @@ def available() -> int | None:
     """Free bytes of this machine, if the system says; what this process freed and kept is given back first."""
     if not sys.platform.startswith("linux"):
         return None
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
     with open("/proc/meminfo") as file:
         for line in file:
             if line.startswith("MemAvailable:"):

@@ -209,9 +209,8 @@ class Table:
         if point.seconds is None or point.peak_bytes is None:
             return Point(point.status, error=point.error)
         times = (n / last) ** exponent
-        limit = self.limits.baseline if row.id in BASELINES else self.limits.call
-        if exponent < 2:
-            limit = max(limit, self.limits.subquadratic)
+        own = self.limits.subquadratic if exponent < 2 else self.limits.call
+        limit = self.limits.baseline if row.id in BASELINES else own
         if point.seconds * times > limit:
             return Point("over time", error=f"about {point.seconds * times:.0f} s a call expected")
         free = memory.available()
