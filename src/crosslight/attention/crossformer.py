@@ -30,13 +30,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from crosslight.attention import grouped
 from crosslight.attention.backbone import Block, Pyramid, initialise, to_map, to_tokens
-from crosslight.attention.base import Core
-from crosslight.attention.grouped import Cut
+from crosslight.attention.grouped import GroupCore
 from crosslight.cards import Card, Evidence
-from crosslight.engines import dense, masks
-from crosslight.engines.backend import forced
 from crosslight.errors import UnsupportedPattern, expect
 from crosslight.registry import register
 
@@ -95,7 +91,7 @@ class PositionBias(nn.Module):
 
 
 @register(CARD)
-class CrossFormer(Core):
+class CrossFormer(GroupCore):
     """q, k, v (batch, heads, n, d).
 
     Args:
@@ -104,53 +100,25 @@ class CrossFormer(Core):
         width: p, hidden width of the position bias; heads * head_dim / 16, at least 4, unless given.
     """
 
-    takes_grid = True
     network: ClassVar[type[nn.Module]]
 
     def __init__(
         self, heads: int, head_dim: int, *, group: int = 7, long: bool = False, width: int | None = None
     ) -> None:
-        super().__init__(heads, head_dim)
         expect(isinstance(group, int) and group >= 1, "group", group, "a positive int")
-        self.group, self.long = group, bool(long)
+        super().__init__(heads, head_dim, group, bool(long))
+        self.long = bool(long)
         self.bias = PositionBias(max(4, heads * head_dim // 16) if width is None else width, heads)
 
-    def cut(self, n: int, grid: Any = None) -> Cut:
-        """The groups of a map."""
-        sides = grouped.plane(grid, n)
-        return Cut(sides, (min(self.group, sides[0]), min(self.group, sides[1])), self.long)
-
-    def forward(self, q, k, v, *, mask=None, causal=False, grid=None):
-        if forced() == "reference":
-            return self.weights(q, k, mask=mask, causal=causal, grid=grid) @ v
-        cut = self.cut(q.shape[2], grid)
-        members, mask = cut.members(q.device), masks.join(masks.causal() if causal else None, mask)
-        bias = grouped.of_offsets(self.bias(cut.size), *grouped.inside(cut.size, q.device))
-        k, v = grouped.take(k, members), grouped.take(v, members)
-        return grouped.attend(q, k, v, members, members, mask=mask, bias=bias, whole=cut.whole)
-
-    def weights(self, q, k, *, mask=None, causal=False, grid=None):
-        cut = self.cut(q.shape[2], grid)
-        number, y, x = cut.places(q.device)
-        together = masks.Pairs((number[:, None] == number)[None, None])
-        # Offsets between groups mean nothing: any will do.
-        bias = grouped.of_offsets(self.bias(cut.size), y[:, None] - y, x[:, None] - x)
-        return dense.weights(q, k, mask=masks.join(together, mask), causal=causal, bias=bias[None])
-
-    def read(self, weights, v, *, grid=None):
-        return super().read(weights, v)
+    def biases(self, size):
+        return self.bias(size)
 
     def step(self, q, k, v, state=None, **extra):
         if self.long:
             raise UnsupportedPattern(
                 "step: crossformer with long=True cannot decode token by token, its interval depends on the length"
             )
-        if state is None or state[0].shape[2] == self.group:  # a new window begins
-            state = (k[:, :, :0], v[:, :, :0])
-        k, v = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)
-        distance = torch.arange(k.shape[2] - 1, -1, -1, device=q.device)
-        bias = grouped.of_offsets(self.bias((1, self.group)), torch.zeros_like(distance), distance)
-        return dense.attend(q, k, v, bias=bias[None, :, None]), (k, v)
+        return super().step(q, k, v, state, **extra)
 
 
 class Embedding(nn.Module):

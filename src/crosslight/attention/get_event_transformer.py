@@ -40,9 +40,10 @@ from crosslight.errors import expect
 from crosslight.registry import register
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Bool, Float
 
     Stream = Float[Tensor, "batch n dim"]
+    Groups = Float[Tensor, "batch*windows places dim"]
     Heads = Float[Tensor, "batch heads n dim"]
     Map = Float[Tensor, "batch channels height width"]
 
@@ -128,26 +129,36 @@ class GroupEventAttention(Mechanism):
     ) -> tuple[Stream, Stream]:
         """X and X_i."""
         cut = self._cut(x, grid)
-        members = cut.members(x.device)
-        q, k = self._cosines(x)
-        k, v = grouped.take(k, members), grouped.take(self._split(self.v(x)), members)
-        bias = grouped.of_offsets(self.bias(cut.size), *grouped.inside(cut.size, x.device))
-        rule = None if mask is None else masks.keys(mask)
-        y = grouped.attend(q, k, v, members, members, mask=rule, bias=bias, whole=cut.whole, scale=1.0)
-        y = self._merge(y)
-        return y, self._between_channels(y, mask, members)
+        y, y_groups = self._in_windows(x, cut, mask)
+        return cut.join(y), cut.join(y_groups)
 
     def group_weights(
         self, x: Stream, *, mask: Bool[Tensor, "batch n"] | None = None, grid: Grid | None = None
     ) -> Float[Tensor, "batch windows heads dim dim"]:
         """The attention of the channels, of each window."""
-        members = self._cut(x, grid).members(x.device)
-        q, k, _ = self._channels(self.both(x, mask=mask, grid=grid)[0], mask, members)
+        cut = self._cut(x, grid)
+        q, k, _ = self._channels(self._in_windows(x, cut, mask)[0], self._seen(x, cut, mask))
         return dense.weights(q, k, bias=self._group_bias(), scale=1.0).unflatten(0, (len(x), -1))
 
     def _forward(self, x, context, how):
-        y, y_groups = self.both(x, mask=masks.split(how.mask)[1], grid=how.grid)
-        return y + y_groups
+        cut = self._cut(x, how.grid)
+        y, y_groups = self._in_windows(x, cut, masks.split(how.mask)[1])
+        return cut.join(y + y_groups)
+
+    def _in_windows(self, x: Stream, cut: Cut, mask: Tensor | None) -> tuple[Groups, Groups]:
+        windows, seen = cut.split(x), self._seen(x, cut, mask)
+        q, k = self._cosines(windows)
+        bias = grouped.of_offsets(self.bias(cut.size), *grouped.inside(cut.size, x.device))[None]
+        rule = None if seen is None else masks.keys(seen)
+        y = self._merge(dense.attend(q, k, self._split(self.v(windows)), mask=rule, bias=bias, scale=1.0))
+        return y, self._between_channels(y, seen)
+
+    def _seen(self, x: Stream, cut: Cut, mask: Tensor | None) -> Bool[Tensor, "batch*windows places"] | None:
+        """Which places of the windows hold tokens that may be read."""
+        if mask is None and cut.whole:
+            return None
+        mask = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask.expand(len(x), -1)
+        return cut.split(mask[..., None]).squeeze(-1)
 
     def _weights(self, x, context, how):
         cut = self._cut(x, how.grid)
@@ -159,8 +170,9 @@ class GroupEventAttention(Mechanism):
         return dense.weights(q, k, mask=masks.join(together, how.mask), bias=bias[None], scale=1.0)
 
     def _read(self, weights, x, context, how):
-        y = self._merge(weights @ self._split(self.v(x)))
-        return y + self._between_channels(y, masks.split(how.mask)[1], self._cut(x, how.grid).members(x.device))
+        cut = self._cut(x, how.grid)
+        windows = cut.split(self._merge(weights @ self._split(self.v(x))))
+        return cut.join(windows + self._between_channels(windows, self._seen(x, cut, masks.split(how.mask)[1])))
 
     def _cut(self, x: Stream, grid: Grid | None) -> Cut:
         # All windows have N places, as these are the features of the channels.
@@ -179,14 +191,9 @@ class GroupEventAttention(Mechanism):
         q, k = (F.normalize(self._split(project(x)), dim=-1) for project in (self.q, self.k))
         return q * scale, k
 
-    def _channels(
-        self, y: Stream, mask: Tensor | None, members: Int[Tensor, "windows places"]
-    ) -> tuple[Heads, Heads, Heads]:
+    def _channels(self, y: Groups, seen: Tensor | None) -> tuple[Heads, Heads, Heads]:
         """Queries, keys and values of the channels, (batch * windows, heads, dim, places / heads)."""
-        if mask is not None:
-            y = y.masked_fill(~mask[..., None], 0)
-        windows = grouped.take(y[:, None], members).masked_fill((members < 0)[..., None], 0)
-        channels = windows.squeeze(1).flatten(0, 1).mT
+        channels = (y if seen is None else y.masked_fill(~seen[..., None], 0)).mT
         q, k, v = (
             project(channels).unflatten(-1, (self.window, -1)).transpose(1, 2)
             for project in (self.group_q, self.group_k, self.group_v)
@@ -198,11 +205,10 @@ class GroupEventAttention(Mechanism):
         dg, dc = grouped.inside((self.groups, inside), self.group_out.weight.device)
         return grouped.of_offsets(self.group_bias((inside, self.groups)), dc, dg)[None]
 
-    def _between_channels(self, y: Stream, mask: Tensor | None, members: Int[Tensor, "windows places"]) -> Stream:
-        q, k, v = (t.transpose(0, 1) for t in self._channels(y, mask, members))
+    def _between_channels(self, y: Groups, seen: Tensor | None) -> Groups:
+        q, k, v = (t.transpose(0, 1) for t in self._channels(y, seen))
         z = _OfChannels.apply(q, k, v, self._group_bias()[0]).transpose(0, 1)
-        z = self.group_out(z.transpose(1, 2).flatten(2)).mT.unflatten(0, (len(y), -1))
-        return grouped.put_back(z[:, None], members, y.shape[1]).squeeze(1)
+        return self.group_out(z.transpose(1, 2).flatten(2)).mT
 
 
 class _OfChannels(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 A `Cut` says which tokens form a group. `attend` runs softmax attention of the queries of each group on the listed keys
 of that group, with any mask asked for these pairs alone, so that nothing of the size of the matrix is built.
+`GroupCore` is attention of each group on itself, of which a mechanism says how tokens are grouped and what is added to
+the scores.
 """
 
 from __future__ import annotations
@@ -11,9 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from crosslight.attention.base import AttentionLayer, Core, How
 from crosslight.engines import dense, masks
+from crosslight.engines.backend import forced
 from crosslight.engines.masks import Mask
 from crosslight.engines.positions import Grid
 from crosslight.errors import expect
@@ -22,6 +27,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
     Heads = Float[Tensor, "batch heads n dim"]
+    Stream = Float[Tensor, "batch n dim"]
+    Groups = Float[Tensor, "batch*groups cells dim"]
 
 
 def plane(grid: Grid | None, n: int) -> tuple[int, int]:
@@ -63,6 +70,31 @@ class Cut:
         rows, columns = sides[0][:, None, :, None], sides[1][None, :, None, :]
         token = torch.where((rows >= 0) & (columns >= 0), rows * self.grid[1] + columns, -1)
         return token.flatten(2).flatten(0, 1)
+
+    def split(self, x: Stream) -> Groups:
+        """The tokens of each group in reading order, zeros in places beyond the grid."""
+        cells = x.unflatten(1, self.grid)
+        down, right = (count * size - side for count, size, side in zip(self.count, self.size, self.grid, strict=True))
+        if down or right:  # padding by nothing would copy
+            cells = F.pad(cells, (0, 0, 0, right, 0, down))
+        cells = cells.unflatten(2, self._axis(1)).unflatten(1, self._axis(0))
+        return cells.permute(self._order()).reshape(-1, self.size[0] * self.size[1], x.shape[2])
+
+    def join(self, y: Groups) -> Stream:
+        """The inverse of `split`."""
+        cells = y.reshape(-1, *self.count, *self.size, y.shape[-1])
+        back = sorted(range(6), key=self._order().__getitem__)
+        cells = cells.permute(back).flatten(3, 4).flatten(1, 2)
+        height, width = self.grid
+        return (cells if self.whole else cells[:, :height, :width]).flatten(1, 2)
+
+    def _axis(self, axis: int) -> tuple[int, int]:
+        """How the cells of an axis are laid out: by place and group, or by group and place."""
+        return (self.size[axis], self.count[axis]) if self.spread else (self.count[axis], self.size[axis])
+
+    def _order(self) -> tuple[int, ...]:
+        """Of (batch, rows as `_axis`, columns as `_axis`, dim): batch, groups, places, dim."""
+        return (0, 2, 4, 1, 3, 5) if self.spread else (0, 1, 3, 2, 4, 5)
 
     def places(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Of each token: the number of its group, and its row and column in the group."""
@@ -148,3 +180,80 @@ def attend(
         pairs = masks.Pairs(seen.flatten(0, 1))
     y = dense.attend(grouped, k, v, mask=pairs, bias=None if bias is None else bias[None], scale=scale)
     return put_back(y.unflatten(0, (batch, -1)).transpose(1, 2), queries, n)
+
+
+class GroupLayer(AttentionLayer):
+    """`AttentionLayer` around a `GroupCore`, whose stream is put into groups once, in place of queries, keys, values
+    and output one by one."""
+
+    core: GroupCore
+
+    def _forward(self, x, context, how):
+        cut = self.core.cut(x.shape[1], how.grid)
+        plain = how.mask is None and not how.causal and self.position is None
+        if not (plain and cut.whole) or forced() == "reference":
+            return super()._forward(x, context, how)
+        groups = cut.split(x)
+        q, k, v = self._heads(groups, groups, How())
+        return cut.join(self._merge(self.core.within(q, k, v, cut.size), groups))
+
+
+class GroupCore(Core):
+    """softmax(q_i K_g^T / sqrt(d) + B) V_g of the tokens of the own group g; q, k, v (batch, heads, n, d).
+
+    Args:
+        side: cells of a group on an axis; at most the side of the grid.
+        spread: groups of cells at equal distances in place of windows.
+    """
+
+    takes_grid = True
+    layer = GroupLayer
+
+    def __init__(self, heads: int, head_dim: int, side: int, spread: bool = False) -> None:
+        super().__init__(heads, head_dim)
+        self._side, self._spread = side, spread
+
+    def biases(self, size: tuple[int, int]) -> Float[Tensor, "heads offsets offsets"] | None:
+        """B for the offsets 1 - side to side - 1 on both axes of a group, if the mechanism has one."""
+        return None
+
+    def cut(self, n: int, grid: Grid | None = None) -> Cut:
+        """The groups of a map."""
+        height, width = plane(grid, n)
+        return Cut((height, width), (min(self._side, height), min(self._side, width)), self._spread)
+
+    def within(self, q: Heads, k: Heads, v: Heads, size: tuple[int, int]) -> Heads:
+        """Attention of groups, which are the batch."""
+        bias = self._inside(size, q.device)
+        return dense.attend(q, k, v, bias=None if bias is None else bias[None])
+
+    def forward(self, q, k, v, *, mask=None, causal=False, grid=None):
+        if forced() == "reference":
+            return self.weights(q, k, mask=mask, causal=causal, grid=grid) @ v
+        cut = self.cut(q.shape[2], grid)
+        members, mask = cut.members(q.device), masks.join(masks.causal() if causal else None, mask)
+        k, v = take(k, members), take(v, members)
+        return attend(q, k, v, members, members, mask=mask, bias=self._inside(cut.size, q.device), whole=cut.whole)
+
+    def weights(self, q, k, *, mask=None, causal=False, grid=None):
+        cut = self.cut(q.shape[2], grid)
+        number, row, column = cut.places(q.device)
+        together, biases = masks.Pairs((number[:, None] == number)[None, None]), self.biases(cut.size)
+        # Offsets between groups mean nothing: any will do.
+        bias = None if biases is None else of_offsets(biases, row[:, None] - row, column[:, None] - column)[None]
+        return dense.weights(q, k, mask=masks.join(together, mask), causal=causal, bias=bias)
+
+    def read(self, weights, v, *, grid=None):
+        return super().read(weights, v)
+
+    def step(self, q, k, v, state=None, **extra):
+        if state is None or state[0].shape[2] == self._side:  # a new window begins
+            state = (k[:, :, :0], v[:, :, :0])
+        k, v = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)
+        biases, distance = self.biases((1, self._side)), torch.arange(k.shape[2] - 1, -1, -1, device=q.device)
+        bias = None if biases is None else of_offsets(biases, torch.zeros_like(distance), distance)[None, :, None]
+        return dense.attend(q, k, v, bias=bias), (k, v)
+
+    def _inside(self, size: tuple[int, int], device: torch.device) -> Float[Tensor, "heads cells cells"] | None:
+        biases = self.biases(size)
+        return None if biases is None else of_offsets(biases, *inside(size, device))

@@ -22,19 +22,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crosslight.attention import grouped
 from crosslight.attention.backbone import Block, Pyramid, initialise, to_map, to_tokens
-from crosslight.attention.base import AttentionLayer, Core, How, head_width
-from crosslight.attention.grouped import Cut
+from crosslight.attention.base import AttentionLayer, How, head_width
+from crosslight.attention.grouped import Cut, GroupCore, GroupLayer
 from crosslight.attention.softmax import Softmax
 from crosslight.cards import Card, Evidence
-from crosslight.engines import dense, masks
-from crosslight.engines.backend import forced
-from crosslight.engines.positions import Grid
+from crosslight.engines import masks
 from crosslight.errors import expect
 from crosslight.registry import register
 
@@ -85,7 +82,7 @@ LOCAL = replace(
 )
 
 
-class LSA(Core):
+class LSA(GroupCore):
     """Softmax attention inside the windows of a grid; q, k, v (batch, heads, n, d).
 
     Args:
@@ -93,38 +90,10 @@ class LSA(Core):
     """
 
     card = LOCAL
-    takes_grid = True
 
     def __init__(self, heads: int, head_dim: int, *, window: int = 7) -> None:
-        super().__init__(heads, head_dim)
         expect(isinstance(window, int) and window >= 1, "window", window, "a positive int")
-        self.window = window
-
-    def forward(self, q, k, v, *, mask=None, causal=False, grid=None):
-        if forced() == "reference":
-            return self.weights(q, k, mask=mask, causal=causal, grid=grid) @ v
-        cut = self.cut(q.shape[2], grid)
-        members, mask = cut.members(q.device), masks.join(masks.causal() if causal else None, mask)
-        k, v = grouped.take(k, members), grouped.take(v, members)
-        return grouped.attend(q, k, v, members, members, mask=mask, whole=cut.whole)
-
-    def weights(self, q, k, *, mask=None, causal=False, grid=None):
-        number = self.cut(q.shape[2], grid).places(q.device)[0]
-        together = masks.Pairs((number[:, None] == number)[None, None])
-        return dense.weights(q, k, mask=masks.join(together, mask), causal=causal)
-
-    def read(self, weights, v, *, grid=None):
-        return super().read(weights, v)
-
-    def step(self, q, k, v, state=None, **extra):
-        if state is None or state[0].shape[2] == self.window:  # a new window begins
-            state = (k[:, :, :0], v[:, :, :0])
-        k, v = torch.cat([state[0], k], 2), torch.cat([state[1], v], 2)
-        return dense.attend(q, k, v), (k, v)
-
-    def cut(self, n: int, grid: Grid | None) -> Cut:
-        height, width = grouped.plane(grid, n)
-        return Cut((height, width), (min(self.window, height), min(self.window, width)))
+        super().__init__(heads, head_dim, window)
 
 
 class Summaries(nn.Module):
@@ -149,7 +118,7 @@ class Summaries(nn.Module):
 
 
 @register(CARD)
-class Twins(AttentionLayer):
+class Twins(GroupLayer):
     """GSA, or LSA.
 
     Args:
@@ -182,8 +151,9 @@ class Twins(AttentionLayer):
         self.summaries = Summaries(self.context_dim, reduction) if self.reduction > 1 else None
 
     def _forward(self, x, context, how):
-        context, how = self._summarised(context, how)
-        return super()._forward(x, context, how)
+        if self.window is not None:
+            return super()._forward(x, context, how)
+        return AttentionLayer._forward(self, x, *self._summarised(context, how))
 
     def _weights(self, x, context, how):
         summarised, short = self._summarised(context, how)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from crosslight.cards import Card, Evidence
 from crosslight.errors import expect
-from crosslight.maps.base import MapAttention
+from crosslight.maps.base import MapAttention, mean
 from crosslight.registry import register
 
 CARD = Card(
@@ -50,7 +50,14 @@ _ORDERS = ("channel-spatial", "spatial-channel", "parallel", "channel", "spatial
 
 
 def _pool(x: Tensor, kinds: tuple[str, ...], axes: tuple[int, ...]) -> list[Tensor]:
-    return [x.mean(axes, keepdim=True) if kind == "avg" else x.amax(axes, keepdim=True) for kind in kinds]
+    return [(mean if kind == "avg" else _largest)(x, axes) for kind in kinds]
+
+
+def _largest(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The maximum over neighbouring axes, which stay as 1."""
+    # The gradient of `max` goes to the place it chose, that of `amax` compares the whole map with it: 2 to 3 times.
+    largest = x.flatten(axes[0], axes[-1]).max(axes[0], keepdim=True).values
+    return largest.view(*(1 if axis in axes else side for axis, side in enumerate(x.shape)))
 
 
 def _check_pool(pool: tuple[str, ...]) -> tuple[str, ...]:

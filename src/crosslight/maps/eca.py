@@ -20,7 +20,7 @@ from torch import nn
 
 from crosslight.cards import Card, Evidence
 from crosslight.errors import expect
-from crosslight.maps.base import MapAttention
+from crosslight.maps.base import MapAttention, mean
 from crosslight.registry import register
 
 CARD = Card(
@@ -70,5 +70,5 @@ class ECA(MapAttention):
         self.conv = nn.Conv1d(1, 1, kernel, padding=kernel // 2, bias=False)
 
     def _weights(self, x):
-        gate = self.conv(x.mean(tuple(range(2, x.dim()))).unsqueeze(1)).sigmoid()
+        gate = self.conv(mean(x, tuple(range(2, x.dim()))).flatten(1).unsqueeze(1)).sigmoid()
         return gate.view(*x.shape[:2], *[1] * (x.dim() - 2))
