@@ -65,7 +65,10 @@ def signed(scores: Weights, keep: Bool[Tensor, "#batch #heads n m"] | None) -> W
 
 def repeat_heads(kv: Float[Tensor, "batch kv_heads m dim"], heads: int) -> Float[Tensor, "batch heads m dim"]:
     """Each key/value head repeated for the query heads of its group."""
-    return kv if kv.shape[1] == heads else kv.repeat_interleave(heads // kv.shape[1], dim=1)
+    if kv.shape[1] == heads:
+        return kv
+    # Of a single head this is a view, so that all queries read the same numbers.
+    return kv.unsqueeze(2).expand(-1, -1, heads // kv.shape[1], -1, -1).flatten(1, 2)
 
 
 def visible(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +36,26 @@ class Bias(nn.Module):
         raise NotImplementedError
 
 
+class _Turn(torch.autograd.Function):
+    """(a, b) -> (a cos - b sin, b cos + a sin) of the two halves of the channels, in the layout of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        y = torch.empty_like(x)
+        (a, b), (left, right) = x.chunk(2, -1), y.chunk(2, -1)
+        torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=right).addcmul_(a, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _Turn.apply(grads[0], cos, -sin), None, None
+
+
 def _turn(x: Tensor, angles: Float[Tensor, "n half"]) -> Tensor:
-    a, b = x.chunk(2, -1)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return _Turn.apply(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
 
 
 class Rotary(Rotation):
