@@ -6,6 +6,7 @@ import torch
 import crosslight
 from crosslight import testing
 from crosslight.attention import grouped
+from crosslight.attention.base import How
 from crosslight.attention.crossformer import CrossFormer, Network
 from crosslight.attention.grouped import Cut
 from crosslight.errors import UnsupportedPattern
@@ -57,6 +58,19 @@ def test_groups_hold_every_token_once(spread):
     members = cut.members(x.device)
     assert sorted(members.flatten().tolist()) == [-1] * (54 - 35) + list(range(35))
     assert torch.equal(grouped.put_back(grouped.take(x, members), members, 35), x)
+    stream = x.transpose(1, 2).flatten(2)
+    groups = cut.split(stream)
+    listed = stream[:, members.clamp(min=0)].masked_fill((members < 0)[..., None], 0)
+    assert torch.equal(groups, listed.flatten(0, 1))
+    assert torch.equal(cut.join(groups), stream)
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_the_layer_cuts_its_stream_as_the_core_its_heads(long):
+    attn = crosslight.create("crossformer", dim=8, heads=2, group=3, long=long).double()
+    x = torch.randn(2, 54, 8).double()
+    expected = attn.core(*attn._heads(x, x, How()), grid=(6, 9))
+    torch.testing.assert_close(attn(x, grid=(6, 9)), attn._merge(expected, x))
 
 
 def test_a_group_as_large_as_the_map_is_dense_attention():

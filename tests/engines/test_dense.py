@@ -64,6 +64,17 @@ def test_chunks_equal_the_matrix_form(case, normaliser, chunk, monkeypatch):
         torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("kv_heads", [HEADS, 1])
+def test_causal_queries_after_other_keys_in_steps(kv_heads, monkeypatch):
+    monkeypatch.setattr(dense, "ROWS", 3)
+    asked = []
+    sdpa = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: asked.append(a[1].shape[2]) or sdpa(*a, **k))
+    for fast, slow in zip(*both(heads(kv_heads), {"causal": True, "offset": 4}), strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)
+    assert asked == [7, 10, 13, 16, 17]
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("normaliser", ["softmax", "sigmoid"])
 def test_grouped_heads_equal_repeated_ones(kv_heads, normaliser, monkeypatch):

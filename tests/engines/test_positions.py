@@ -39,6 +39,16 @@ def test_rotary_angles_survive_half_precision():
     torch.testing.assert_close(far, positions.Rotary(8).rotate(x, offset=4097), atol=0.01, rtol=0.01)
 
 
+def test_rotary_keeps_the_layout_and_has_its_gradients():
+    x = torch.randn(2, 5, 3, 8, dtype=torch.float64).transpose(1, 2).requires_grad_()  # as a projection gives it
+    for rotary, grid in ((positions.Rotary(8), None), (positions.Rotary2d(8), (5, 1))):
+        y = rotary.rotate(x, grid=grid)
+        assert y.stride() == x.stride()
+        torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
+        assert torch.autograd.gradcheck(lambda x: rotary.rotate(x, grid=grid), x)  # noqa: B023
+        assert torch.autograd.gradgradcheck(lambda x: rotary.rotate(x, grid=grid), x)  # noqa: B023
+
+
 def test_rotary2d_turns_half_by_row_and_half_by_column():
     """Written out with complex numbers: channel pairs (c, c + 2) of each half of 8 channels."""
     height, width = 3, 5

@@ -34,6 +34,8 @@ Normaliser = Callable[[Tensor, "Tensor | None"], Tensor]
 
 #: Scores that one chunk of queries may hold (elements); above it the queries are taken in chunks.
 CHUNK = 1 << 24
+#: On a CPU, causal queries that follow other keys go this many at a time, with the keys up to their last.
+ROWS = 256
 
 
 def softmax(scores: Weights, keep: Bool[Tensor, "#batch #heads n m"] | None) -> Weights:
@@ -157,12 +159,20 @@ def _sdpa(q, k, v, mask, causal, scale, bias, offset):
             v = F.pad(v, (0, -more))
     is_causal, keep, rest = masks.split(mask)
     causal = causal or is_causal
+    if causal and offset + 1 >= k.shape[2]:
+        causal = False  # a single query at the end reads everything
+    alone = rest is None and keep is None and bias is None
+    if causal and offset and alone and q.shape[2] > ROWS and not q.is_cuda:
+        spans = [(start, min(start + ROWS, q.shape[2])) for start in range(0, q.shape[2], ROWS)]
+        parts = (
+            _sdpa(q[:, :, a:b], k[:, :, : offset + b], v[:, :, : offset + b], None, True, scale, None, offset + a)
+            for a, b in spans
+        )
+        return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)[..., :value_dim]
     heads, kv_heads = q.shape[1], k.shape[1]
     grouped = heads != kv_heads and not torch.is_grad_enabled()
     if heads != kv_heads and not grouped:  # SDPA's grouped backward is the slower one on CPU
         k, v = repeat_heads(k, heads), repeat_heads(v, heads)
-    if causal and offset + 1 >= k.shape[2]:
-        causal = False  # a single query at the end reads everything
     attn_mask = None
     if rest is not None or bias is not None or (causal and (keep is not None or offset)):
         attn_mask, causal = visible(q, k, mask, causal, offset), False

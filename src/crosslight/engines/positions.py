@@ -54,7 +54,7 @@ class _Turn(torch.autograd.Function):
         return _Turn.apply(grads[0], cos, -sin), None, None
 
 
-def _turn(x: Tensor, angles: Float[Tensor, "n half"]) -> Tensor:
+def _turn(x: Tensor, angles: Float[Tensor, "n *parts half"]) -> Tensor:
     return _Turn.apply(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
 
 
@@ -95,9 +95,8 @@ class Rotary2d(Rotation):
         half = self.dim // 2
         rate = self.base ** (-torch.arange(0, half, 2, device=x.device, dtype=dtype) / half)
         cell = torch.arange(x.shape[2], device=x.device)
-        row, column = (cell // grid[1]).to(dtype)[:, None] * rate, (cell % grid[1]).to(dtype)[:, None] * rate
-        top, side = x.chunk(2, -1)
-        return torch.cat([_turn(top, row), _turn(side, column)], -1)
+        place = torch.stack([cell // grid[1], cell % grid[1]], 1).to(dtype)
+        return _turn(x.unflatten(-1, (2, half)), place[..., None] * rate).flatten(-2)
 
 
 class ALiBi(Bias):
