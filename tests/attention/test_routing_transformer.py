@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import crosslight
-from crosslight.engines import sparse
+from crosslight.engines import dense, sparse
 from crosslight.errors import CrosslightError
 from crosslight.testing import flops
 
@@ -106,8 +106,10 @@ def test_causal_clusters_by_the_nearest_centroid(window):
     same(attn, attn(x, causal=True), each(q, q, v, attn, by_hand), x)
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "computed again"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_local_heads(causal):
+def test_local_heads(causal, kept, monkeypatch):
+    monkeypatch.setattr(dense, "CHUNK", dense.CHUNK if kept else 0)
     attn, x = layer(local_heads=2), tokens(23)
     q, k, v = (heads(attn, p, x)[:, :2] for p in (attn.q, attn.k, attn.v))
     weights = attn.weights(x, causal=causal)[:, :2]

@@ -269,12 +269,14 @@ class RoutingAttention(AttentionLayer):
     # The layer --------------------------------------------------------------------------------------------------
     def _split_heads(self, x: Tensor, context: Tensor, how) -> tuple[QKV, QKV]:
         """q, k, v of the local heads, and of the routing heads; those have their queries as keys when causal."""
-        q, k, v = self._queries(x), self._keys(context), self._values(context)
         local = 0 if how.cross else self.local
-        routing_q = self._norm(q[:, local:])
-        routing_k = routing_q if how.triangular else self._norm(k[:, local:])
-        near = (q[:, :local].to(v.dtype), k[:, :local].to(v.dtype), v[:, :local])
-        return near, (routing_q, routing_k, v[:, local:])
+        streams = (self._queries(x), self._keys(context), self._values(context))
+        # Cut as they lie, token by token, so that their gradients come together that way.
+        cuts = (t.transpose(1, 2).split([local, self.heads - local], 2) for t in streams)
+        (near_q, q), (near_k, k), (near_v, v) = ([part.transpose(1, 2) for part in cut] for cut in cuts)
+        routing_q = self._norm(q)
+        routing_k = routing_q if how.triangular else self._norm(k)
+        return (near_q.to(v.dtype), near_k.to(v.dtype), near_v), (routing_q, routing_k, v)
 
     def _forward(self, x, context, how):
         near, (q, k, v) = self._split_heads(x, context, how)
@@ -290,7 +292,8 @@ class RoutingAttention(AttentionLayer):
         else:
             y = self._route_balanced(q, k, v, keeps, how.triangular)
         if near[0].shape[1]:
-            y = torch.cat([self._near(*near, keep, how.causal), y], 1)
+            near_by = self._near(*near, keep, how.causal)
+            y = torch.cat([near_by.transpose(1, 2), y.transpose(1, 2)], 2).transpose(1, 2)  # as heads are joined
         return self._merge(y, x)
 
     def _weights(self, x, context, how):
@@ -419,25 +422,30 @@ class _Blocks:
 
 
 class _Near(torch.autograd.Function):
-    """softmax(q (k + r)^T / sqrt(d)) v of blocks on the blocks around them, r by distance; the scores are computed
-    again in the backward pass."""
+    """softmax(q (k + r)^T / sqrt(d)) v of blocks on the blocks around them, r by distance. As in the dense engine,
+    weights of up to `dense.CHUNK` elements are kept for the backward pass, which computes more of them again."""
 
     @staticmethod
     def forward(ctx: Any, q, k, v, r, keep, size, causal):
         with torch.autocast(q.device.type, enabled=False):
-            work = _Blocks(q, k, v, r, keep, size, causal)
+            work, kept = _Blocks(q, k, v, r, keep, size, causal), {}
+            few = any(ctx.needs_input_grad) and len(work.r) * q.shape[2] * work.r.shape[1] <= dense.CHUNK
             out, lse = torch.empty_like(work.q), torch.empty_like(work.q[..., :1])
             for chunk in work.chunks():
+                work.room = tiles.Room() if few else work.room
                 weights = work.scores(work.flat(work.q, chunk), work.around(work.k, chunk), chunk)
                 top = weights.amax(-1, keepdim=True).clamp_(min=torch.finfo(out.dtype).min)
                 total = weights.sub_(top).exp_().sum(-1, keepdim=True)
-                y = (weights @ work.around(work.v, chunk)).div_(total.masked_fill(total == 0, 1))
                 # Rows without keys have no weight in the backward pass.
                 top = total.log().add_(top).masked_fill_(total == 0, math.inf)
+                total.masked_fill_(total == 0, 1)
+                y = (weights @ work.around(work.v, chunk)).div_(total)
                 out[:, :, chunk], lse[:, :, chunk] = (t.unflatten(0, (work.batch, work.heads, -1)) for t in (y, top))
+                if few:
+                    kept[chunk.start] = weights.div_(total)
             out = out.flatten(2, 3)[:, :, : q.shape[2]].to(q.dtype)
         ctx.save_for_backward(q, k, v, r, keep, out, lse)
-        ctx.how = size, causal
+        ctx.how, ctx.kept = (size, causal), kept
         return out
 
     @staticmethod
@@ -454,13 +462,15 @@ class _Near(torch.autograd.Function):
             for chunk in work.chunks():
                 q_, g_ = work.flat(work.q, chunk), work.flat(grad, chunk)
                 k_, v_ = work.around(work.k, chunk), work.around(work.v, chunk)
-                weights = work.scores(q_, k_, chunk).sub_(work.flat(lse, chunk)).exp_()
+                weights = ctx.kept.get(chunk.start)
+                if weights is None:
+                    weights = work.scores(q_, k_, chunk).sub_(work.flat(lse, chunk)).exp_()
                 part_v = room.bmm("by_v", weights.mT, g_)
                 by_score = room.bmm("by_score", g_, v_.mT).sub_(work.flat(delta, chunk))
                 table, pairs = work.table("by_table", chunk)
                 if chunk.start == 0:
                     table.zero_()  # and never anything else where no key is
-                pairs.copy_(by_score.mul_(weights))
+                torch.mul(by_score, weights, out=pairs)
                 by_r.baddbmm_(table.mT, q_.view(len(by_r), -1, dim))
                 part_q = room.bmm("by_q", table, work.r).view_as(q_).baddbmm_(pairs, k_)
                 by_q[:, :, chunk] = part_q.unflatten(0, (work.batch, work.heads, -1))
