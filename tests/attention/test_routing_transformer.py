@@ -121,7 +121,11 @@ def test_local_heads(causal, kept, monkeypatch):
             expected[near] = torch.stack(scores).div(8**0.5).softmax(0)
             torch.testing.assert_close(weights[0, h, i], expected)
     near, _ = attn._split_heads(x, x, crosslight.attention.base.How(causal=causal))
-    torch.testing.assert_close(attn._near(*near, None, causal), weights @ v)
+    y, expected = attn._near(*near, None, causal), weights @ v
+    torch.testing.assert_close(y, expected)
+    goal, of = torch.randn_like(y), [x, attn.q.weight, attn.k.weight, attn.v.weight, attn.relative]
+    for a, b in zip(torch.autograd.grad(y, of, goal), torch.autograd.grad(expected, of, goal), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("lookahead", [False, True])
