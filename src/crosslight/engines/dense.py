@@ -170,8 +170,10 @@ def _sdpa(q, k, v, mask, causal, scale, bias, offset):
         )
         return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)[..., :value_dim]
     heads, kv_heads = q.shape[1], k.shape[1]
-    grouped = heads != kv_heads and not torch.is_grad_enabled()
-    if heads != kv_heads and not grouped:  # SDPA's grouped backward is the slower one on CPU
+    # SDPA's grouped backward on a CPU works on a key head a thread: with fewer of them, threads would idle.
+    shared = not q.is_cuda and len(k) * kv_heads >= torch.get_num_threads()
+    grouped = heads != kv_heads and (shared or not torch.is_grad_enabled())
+    if heads != kv_heads and not grouped:
         k, v = repeat_heads(k, heads), repeat_heads(v, heads)
     attn_mask = None
     if rest is not None or bias is not None or (causal and (keep is not None or offset)):
