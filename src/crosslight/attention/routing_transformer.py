@@ -470,7 +470,7 @@ class _Near(torch.autograd.Function):
                 table, pairs = work.table("by_table", chunk)
                 if chunk.start == 0:
                     table.zero_()  # and never anything else where no key is
-                torch.mul(by_score, weights, out=pairs)
+                pairs.copy_(by_score.mul_(weights))
                 by_r.baddbmm_(table.mT, q_.view(len(by_r), -1, dim))
                 part_q = room.bmm("by_q", table, work.r).view_as(q_).baddbmm_(pairs, k_)
                 by_q[:, :, chunk] = part_q.unflatten(0, (work.batch, work.heads, -1))

@@ -170,11 +170,12 @@ def _sdpa(q, k, v, mask, causal, scale, bias, offset):
         )
         return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)[..., :value_dim]
     heads, kv_heads = q.shape[1], k.shape[1]
-    # SDPA's grouped backward on a CPU works on a key head a thread: with fewer of them, threads would idle.
-    shared = not q.is_cuda and len(k) * kv_heads >= torch.get_num_threads()
-    grouped = heads != kv_heads and (shared or not torch.is_grad_enabled())
-    if heads != kv_heads and not grouped:
-        k, v = repeat_heads(k, heads), repeat_heads(v, heads)
+    grouped = False
+    if heads != kv_heads:
+        # SDPA's grouped backward on a CPU works on a key head a thread: with fewer of them, threads would idle.
+        grouped = not torch.is_grad_enabled() or (not q.is_cuda and len(k) * kv_heads >= _threads())
+        if not grouped:
+            k, v = repeat_heads(k, heads), repeat_heads(v, heads)
     attn_mask = None
     if rest is not None or bias is not None or (causal and (keep is not None or offset)):
         attn_mask, causal = visible(q, k, mask, causal, offset), False
@@ -185,6 +186,11 @@ def _sdpa(q, k, v, mask, causal, scale, bias, offset):
         attn_mask = keep[:, None, None, :]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return y[..., :value_dim]
+
+
+@torch.compiler.assume_constant_result
+def _threads() -> int:
+    return torch.get_num_threads()
 
 
 def _chunked(q, k, v, mask, causal, scale, bias, offset, normaliser):

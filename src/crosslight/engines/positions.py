@@ -42,10 +42,10 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        y = torch.empty_like(x)
-        (a, b), (left, right) = x.chunk(2, -1), y.chunk(2, -1)
-        torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
-        torch.mul(b, cos, out=right).addcmul_(a, sin)
+        (a, b), y = x.chunk(2, -1), x * torch.cat([cos, cos], -1)
+        left, right = y.chunk(2, -1)
+        left.addcmul_(b, sin, value=-1)
+        right.addcmul_(a, sin)
         return y
 
     @staticmethod

@@ -6,7 +6,6 @@ gate overrides `_forward` and says ``multiplicative = False``; its weights are t
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -27,7 +26,7 @@ def mean(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     # The gradient of `Tensor.mean` is divided at the size of the map: a quarter of the time of a gate on a CPU.
     dtype = torch.promote_types(x.dtype, torch.float32)  # sums of many places are beyond float16
     total = x.sum(axes, keepdim=True, dtype=dtype)
-    return (total * (1 / math.prod(x.shape[axis] for axis in axes))).to(x.dtype)
+    return (total / (x.numel() // total.numel())).to(x.dtype)
 
 
 class MapAttention(nn.Module):
