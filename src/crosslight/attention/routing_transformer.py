@@ -407,18 +407,20 @@ class _Blocks:
         shifted = table.view(-1, size * wide)[:, size - 1 : -1].unflatten(1, (size, wide - 1))
         return table, shifted[..., : self.span]
 
-    def scores(self, q: Tensor, k: Tensor, chunk: slice) -> Tensor:
-        """q (k + r)^T, -inf where hidden."""
+    def weights(self, q: Tensor, k: Tensor, chunk: slice) -> Tensor:
+        """softmax(q (k + r)^T), 0 in rows without keys."""
         table, scores = self.table("scores", chunk)
         torch.bmm(q.view(self.r.shape[0], -1, q.shape[-1]), self.r.mT, out=table)
         scores.baddbmm_(q, k.mT)
-        if not (self.plain and chunk.start > 0 and chunk.stop < self.q.shape[2]):
-            hidden = self.hidden[:, :, chunk]
-            if self.causal:
-                hidden = hidden | self.later
-            floor = hidden.to(scores.dtype).masked_fill_(hidden, -math.inf)
-            scores.unflatten(0, (self.batch, self.heads, -1)).add_(floor)
-        return scores
+        if self.plain and chunk.start > 0 and chunk.stop < self.q.shape[2]:
+            return scores.softmax(-1)
+        hidden = self.hidden[:, :, chunk]
+        if self.causal:
+            hidden = hidden | self.later
+        floor = hidden.to(scores.dtype).masked_fill_(hidden, -math.inf)
+        scores.unflatten(0, (self.batch, self.heads, -1)).add_(floor)
+        weights = scores.softmax(-1).unflatten(0, (self.batch, self.heads, -1))
+        return weights.masked_fill_(hidden.all(-1, keepdim=True), 0).flatten(0, 2)
 
 
 class _Near(torch.autograd.Function):
@@ -429,52 +431,45 @@ class _Near(torch.autograd.Function):
     def forward(ctx: Any, q, k, v, r, keep, size, causal):
         with torch.autocast(q.device.type, enabled=False):
             work, kept = _Blocks(q, k, v, r, keep, size, causal), {}
-            few = any(ctx.needs_input_grad) and len(work.r) * q.shape[2] * work.r.shape[1] <= dense.CHUNK
-            out, lse = torch.empty_like(work.q), torch.empty_like(work.q[..., :1])
+            few = any(ctx.needs_input_grad) and len(work.r) * q.shape[2] * work.span <= dense.CHUNK
+            out = torch.empty_like(work.q)
             for chunk in work.chunks():
-                work.room = tiles.Room() if few else work.room
-                weights = work.scores(work.flat(work.q, chunk), work.around(work.k, chunk), chunk)
-                top = weights.amax(-1, keepdim=True).clamp_(min=torch.finfo(out.dtype).min)
-                total = weights.sub_(top).exp_().sum(-1, keepdim=True)
-                # Rows without keys have no weight in the backward pass.
-                top = total.log().add_(top).masked_fill_(total == 0, math.inf)
-                total.masked_fill_(total == 0, 1)
-                y = (weights @ work.around(work.v, chunk)).div_(total)
-                out[:, :, chunk], lse[:, :, chunk] = (t.unflatten(0, (work.batch, work.heads, -1)) for t in (y, top))
+                weights = work.weights(work.flat(work.q, chunk), work.around(work.k, chunk), chunk)
+                y = weights @ work.around(work.v, chunk)
+                out[:, :, chunk] = y.unflatten(0, (work.batch, work.heads, -1))
                 if few:
-                    kept[chunk.start] = weights.div_(total)
+                    kept[chunk.start] = weights
             out = out.flatten(2, 3)[:, :, : q.shape[2]].to(q.dtype)
-        ctx.save_for_backward(q, k, v, r, keep, out, lse)
+        ctx.save_for_backward(q, k, v, r, keep)
         ctx.how, ctx.kept = (size, causal), kept
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad):
-        q, k, v, r, keep, out, lse = ctx.saved_tensors
+        q, k, v, r, keep = ctx.saved_tensors
         n, size = q.shape[2], ctx.how[0]
         with torch.autocast(q.device.type, enabled=False):
             work = _Blocks(q, k, v, r, keep, *ctx.how)
-            grad = grad.to(work.q.dtype)
-            delta, grad = work.cut(torch.linalg.vecdot(grad, out.to(grad.dtype))[..., None]), work.cut(grad)
+            grad = work.cut(grad.to(work.q.dtype))
             by_q, by_k, by_v, by_r = (torch.zeros_like(t) for t in (work.q, work.k, work.v, work.r))
             room, dim = work.room, q.shape[3]
             for chunk in work.chunks():
                 q_, g_ = work.flat(work.q, chunk), work.flat(grad, chunk)
                 k_, v_ = work.around(work.k, chunk), work.around(work.v, chunk)
                 weights = ctx.kept.get(chunk.start)
-                if weights is None:
-                    weights = work.scores(q_, k_, chunk).sub_(work.flat(lse, chunk)).exp_()
+                weights = work.weights(q_, k_, chunk) if weights is None else weights
                 part_v = room.bmm("by_v", weights.mT, g_)
-                by_score = room.bmm("by_score", g_, v_.mT).sub_(work.flat(delta, chunk))
+                by_weight = room.bmm("by_weight", g_, v_.mT)
+                by_score = torch.ops.aten._softmax_backward_data(by_weight, weights, -1, weights.dtype)
                 table, pairs = work.table("by_table", chunk)
                 if chunk.start == 0:
                     table.zero_()  # and never anything else where no key is
-                pairs.copy_(by_score.mul_(weights))
+                pairs.copy_(by_score)
                 by_r.baddbmm_(table.mT, q_.view(len(by_r), -1, dim))
-                part_q = room.bmm("by_q", table, work.r).view_as(q_).baddbmm_(pairs, k_)
+                part_q = room.bmm("by_q", table, work.r).view_as(q_).baddbmm_(by_score, k_)
                 by_q[:, :, chunk] = part_q.unflatten(0, (work.batch, work.heads, -1))
-                part_k = room.bmm("by_k", pairs.mT, q_)
+                part_k = room.bmm("by_k", by_score.mT, q_)
                 for total, part in ((by_k, part_k), (by_v, part_v)):
                     part = part.unflatten(0, (work.batch, work.heads, -1))
                     for begin in range(0, work.span, size):  # spans overlap, blocks do not
