@@ -64,15 +64,18 @@ def test_chunks_equal_the_matrix_form(case, normaliser, chunk, monkeypatch):
         torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kv_heads", [HEADS, 1])
-def test_causal_queries_after_other_keys_in_steps(kv_heads, monkeypatch):
-    monkeypatch.setattr(dense, "ROWS", 3)
-    asked = []
-    sdpa = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: asked.append(a[1].shape[2]) or sdpa(*a, **k))
-    for fast, slow in zip(*both(heads(kv_heads), {"causal": True, "offset": 4}), strict=True):
-        torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)
-    assert asked == [7, 10, 13, 16, 17]
+@pytest.mark.parametrize("kv_heads", [HEADS, 2, 1])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_causal_queries_after_other_keys_need_no_matrix(kv_heads, scale, monkeypatch):
+    monkeypatch.setattr(dense, "visible", None)  # which makes it
+    q, k, v = streams = heads(kv_heads, m=N + 4)
+    y = dense.attend(q, k, v, causal=True, offset=4, scale=scale)
+    scores = q @ dense.repeat_heads(k, HEADS).mT * (WIDTH**-0.5 if scale is None else scale)
+    weights = scores.masked_fill(torch.ones(N, N + 4, dtype=torch.bool).triu(5), -math.inf).softmax(-1)
+    expected = weights @ dense.repeat_heads(v, HEADS)
+    torch.testing.assert_close(y, expected)
+    by = [torch.autograd.grad(out.sin().sum(), streams) for out in (y, expected)]
+    torch.testing.assert_close(*by)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])

@@ -25,10 +25,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from crosslight.attention.base import AttentionLayer, How
-from crosslight.attention.softmax import Softmax
+from crosslight.attention.ruled import Ruled
 from crosslight.cards import Card, Evidence
 from crosslight.engines import masks
-from crosslight.engines.cache import KVCache
 from crosslight.engines.masks import Mask
 from crosslight.errors import expect
 from crosslight.registry import register
@@ -126,7 +125,7 @@ class PrefixLayer(AttentionLayer):
 
 
 @register(CARD)
-class ModalityMutualAttention(Softmax):
+class ModalityMutualAttention(Ruled):
     """softmax attention under `ModalityMutual`.
 
     Args:
@@ -140,19 +139,10 @@ class ModalityMutualAttention(Softmax):
     def __init__(
         self, heads: int, head_dim: int, images: int = 144, prompt: int | None = None, bidirectional: bool = False
     ) -> None:
-        super().__init__(heads, head_dim)
         expect(isinstance(images, int) and images >= 0, "images", images, "a number >= 0")
         expect(prompt is None or prompt >= images, "prompt", prompt, f"a place from images = {images} on, or None")
-        self.rule = ModalityMutual(images, prompt, bidirectional)
+        super().__init__(heads, head_dim, ModalityMutual(images, prompt, bidirectional))
         self.prefix = max(images, prompt or 0, 1)  # tokens that read ahead or are read so
 
-    def forward(self, q, k, v, *, mask=None, causal=False, bias=None, offset=0):
-        return super().forward(q, k, v, mask=masks.join(self.rule, mask), causal=causal, bias=bias, offset=offset)
-
-    def weights(self, q, k, *, mask=None, causal=False, bias=None, offset=0):
-        return super().weights(q, k, mask=masks.join(self.rule, mask), causal=causal, bias=bias, offset=offset)
-
     def step(self, q, k, v, state, **extra):
-        state = KVCache.start(k, v) if state is None else state.append(k, v)
-        extra["offset"] = state.length - q.shape[2]
-        return self(q, state.keys, state.values, **extra), state
+        return super().step(q, k, v, state, causal=False, **extra)  # the rule says how far ahead tokens read

@@ -26,11 +26,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from crosslight.attention.softmax import Softmax
+from crosslight.attention.ruled import Ruled
 from crosslight.cards import Card, Evidence
 from crosslight.engines import dense, masks
 from crosslight.engines.backend import forced
-from crosslight.engines.cache import KVCache
 from crosslight.engines.masks import Mask
 from crosslight.errors import expect
 from crosslight.registry import register
@@ -91,7 +90,7 @@ def composite(image: Bool[Tensor, "batch n"]) -> Mask:
 
 
 @register(CARD)
-class CompositeAttention(Softmax):
+class CompositeAttention(Ruled):
     """[v_visual ; softmax(q_text k^T) v]; q (batch, heads, n, d), k and v (batch, kv_heads, n, d).
 
     Args:
@@ -99,9 +98,9 @@ class CompositeAttention(Softmax):
     """
 
     def __init__(self, heads: int, head_dim: int, images: int = 576) -> None:
-        super().__init__(heads, head_dim)
         expect(isinstance(images, int) and images >= 0, "images", images, "a number >= 0")
-        self.images, self.rule = images, Alone(images)
+        super().__init__(heads, head_dim, Alone(images))
+        self.images = images
 
     def forward(self, q, k, v, *, mask=None, causal=False, bias=None, offset=0):
         if forced() == "reference":
@@ -122,11 +121,3 @@ class CompositeAttention(Softmax):
         i = torch.arange(offset, offset + count, device=q.device)
         keep = mask.visible(b.view(-1, 1, 1), h.view(-1, 1), i, i)
         return keep.to(q.dtype).unsqueeze(-1)
-
-    def weights(self, q, k, *, mask=None, causal=False, bias=None, offset=0):
-        return super().weights(q, k, mask=masks.join(self.rule, mask), causal=causal, bias=bias, offset=offset)
-
-    def step(self, q, k, v, state, **extra):
-        state = KVCache.start(k, v) if state is None else state.append(k, v)
-        extra["offset"] = state.length - q.shape[2]  # the rule asks where the query stands
-        return self(q, state.keys, state.values, causal=True, **extra), state

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from crosslight.attention.aki_mma import PrefixLayer
 from crosslight.attention.base import head_width
-from crosslight.attention.softmax import Softmax
+from crosslight.attention.ruled import Ruled
 from crosslight.cards import Card, Evidence
 from crosslight.engines import masks
 from crosslight.engines.cache import KVCache
@@ -111,18 +111,12 @@ class Modular(Mask):
         return torch.where(i < self.images, image, torch.where(j < self.images, of(self.text_visual), of(self.text)))
 
 
-class ModularSoftmax(Softmax):
+class ModularSoftmax(Ruled):
     """softmax under ``rule``; ``prefix`` tokens are to be decoded at once."""
 
     def __init__(self, heads: int, head_dim: int, rule: Mask, prefix: int) -> None:
-        super().__init__(heads, head_dim)
-        self.rule, self.prefix = rule, prefix
-
-    def forward(self, q, k, v, *, mask=None, causal=False, bias=None, offset=0):
-        return super().forward(q, k, v, mask=masks.join(self.rule, mask), causal=causal, bias=bias, offset=offset)
-
-    def weights(self, q, k, *, mask=None, causal=False, bias=None, offset=0):
-        return super().weights(q, k, mask=masks.join(self.rule, mask), causal=causal, bias=bias, offset=offset)
+        super().__init__(heads, head_dim, rule)
+        self.prefix = prefix
 
 
 @dataclass

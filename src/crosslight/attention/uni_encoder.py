@@ -29,10 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from crosslight.attention.base import AttentionLayer
-from crosslight.attention.softmax import Softmax
+from crosslight.attention.ruled import Ruled
 from crosslight.cards import Card, Evidence
 from crosslight.engines import masks
-from crosslight.engines.cache import KVCache
 from crosslight.engines.masks import Mask
 from crosslight.engines.positions import Rotary
 from crosslight.errors import expect
@@ -136,7 +135,7 @@ class UniEncoderLayer(AttentionLayer):
 
 
 @register(CARD)
-class UniEncoder(Softmax):
+class UniEncoder(Ruled):
     """softmax attention under `Arrow`.
 
     Args:
@@ -157,18 +156,6 @@ class UniEncoder(Softmax):
         context_reads: bool = True,
         candidates_read: bool = True,
     ) -> None:
-        super().__init__(heads, head_dim)
         expect(isinstance(context, int) and context >= 0, "context", context, "a number >= 0")
         expect(isinstance(candidate, int) and candidate >= 1, "candidate", candidate, "a number >= 1")
-        self.rule = Arrow(context, candidate, context_reads, candidates_read)
-
-    def forward(self, q, k, v, *, mask=None, causal=False, bias=None, offset=0):
-        return super().forward(q, k, v, mask=masks.join(self.rule, mask), causal=causal, bias=bias, offset=offset)
-
-    def weights(self, q, k, *, mask=None, causal=False, bias=None, offset=0):
-        return super().weights(q, k, mask=masks.join(self.rule, mask), causal=causal, bias=bias, offset=offset)
-
-    def step(self, q, k, v, state, **extra):
-        state = KVCache.start(k, v) if state is None else state.append(k, v)
-        extra["offset"] = state.length - q.shape[2]  # the rule asks where the query stands
-        return self(q, state.keys, state.values, causal=True, **extra), state
+        super().__init__(heads, head_dim, Arrow(context, candidate, context_reads, candidates_read))

@@ -42,7 +42,7 @@ class Limits:
     seconds from which a baseline's first call is not made again, seconds of a call that still takes turns, seconds of
     rounds at a length, seconds to fill a cache."""
 
-    subquadratic: float = 30.0
+    subquadratic: float = 60.0
     call: float = 15.0
     baseline: float = 300.0
     again: float = 60.0

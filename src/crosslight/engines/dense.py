@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +34,6 @@ Normaliser = Callable[[Tensor, "Tensor | None"], Tensor]
 
 #: Scores that one chunk of queries may hold (elements); above it the queries are taken in chunks.
 CHUNK = 1 << 24
-#: On a CPU, causal queries that follow other keys go this many at a time, with the keys up to their last.
-ROWS = 256
 
 
 def softmax(scores: Weights, keep: Bool[Tensor, "#batch #heads n m"] | None) -> Weights:
@@ -161,21 +159,15 @@ def _sdpa(q, k, v, mask, causal, scale, bias, offset):
     causal = causal or is_causal
     if causal and offset + 1 >= k.shape[2]:
         causal = False  # a single query at the end reads everything
-    alone = rest is None and keep is None and bias is None
-    if causal and offset and alone and q.shape[2] > ROWS and not q.is_cuda:
-        spans = [(start, min(start + ROWS, q.shape[2])) for start in range(0, q.shape[2], ROWS)]
-        parts = (
-            _sdpa(q[:, :, a:b], k[:, :, : offset + b], v[:, :, : offset + b], None, True, scale, None, offset + a)
-            for a, b in spans
-        )
-        return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)[..., :value_dim]
-    heads, kv_heads = q.shape[1], k.shape[1]
-    grouped = False
+    heads, kv_heads, grouped = q.shape[1], k.shape[1], False
     if heads != kv_heads:
         # SDPA's grouped backward on a CPU works on a key head a thread: with fewer of them, threads would idle.
         grouped = not torch.is_grad_enabled() or (not q.is_cuda and len(k) * kv_heads >= _threads())
         if not grouped:
             k, v = repeat_heads(k, heads), repeat_heads(v, heads)
+    alone = rest is None and keep is None and bias is None
+    if causal and alone and offset and _After.serves(q, k, v, offset):
+        return _After.apply(q, k, v, offset, scale)[..., :value_dim]
     attn_mask = None
     if rest is not None or bias is not None or (causal and (keep is not None or offset)):
         attn_mask, causal = visible(q, k, mask, causal, offset), False
@@ -186,6 +178,41 @@ def _sdpa(q, k, v, mask, causal, scale, bias, offset):
         attn_mask = keep[:, None, None, :]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return y[..., :value_dim]
+
+
+class _After(torch.autograd.Function):
+    """Causal attention of queries after ``offset`` other keys on a CPU, whose kernel counts queries from the first key
+    on and would ask for the whole matrix as a mask: all of the keys before, and the causal part, joined by their
+    log-sum-exps. With those of the whole rows, the kernel's backward pass gives each part's share of the gradient."""
+
+    @staticmethod
+    def serves(q: Query, k: Key, v: Value, offset: int) -> bool:
+        same = q.dtype == k.dtype == v.dtype and not torch.is_autocast_enabled("cpu")
+        return same and q.device.type == "cpu" and 1 < q.shape[2] == k.shape[2] - offset
+
+    @staticmethod
+    def forward(ctx: Any, q: Query, k: Key, v: Value, offset: int, scale: float | None) -> Tensor:
+        attend, how = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, {"scale": scale}
+        before, before_lse = attend(q, k[:, :, :offset], v[:, :, :offset], 0.0, False, **how)
+        own, own_lse = attend(q, k[:, :, offset:], v[:, :, offset:], 0.0, True, **how)
+        lse = torch.logaddexp(before_lse, own_lse)
+        out = torch.lerp(before, own, (own_lse - lse).exp()[..., None].to(q.dtype))
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.offset, ctx.how = offset, how
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        share, offset = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, ctx.offset
+
+        def part(keys: slice, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+            return share(grad, q, k[:, :, keys], v[:, :, keys], out, lse, 0.0, causal, **ctx.how)
+
+        before, own = part(slice(0, offset), False), part(slice(offset, None), True)
+        by_k, by_v = (torch.cat([a, b], 2) for a, b in zip(before[1:], own[1:], strict=True))
+        return before[0] + own[0], by_k, by_v, None, None
 
 
 @torch.compiler.assume_constant_result
