@@ -146,6 +146,7 @@ class UniEncoder(Ruled):
     """
 
     layer = UniEncoderLayer
+    rule: Arrow
 
     def __init__(
         self,

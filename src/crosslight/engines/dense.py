@@ -7,7 +7,7 @@ recomputed in the backward pass, so that no (n, m) tensor is kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -191,28 +191,44 @@ class _After(torch.autograd.Function):
         return same and q.device.type == "cpu" and 1 < q.shape[2] == k.shape[2] - offset
 
     @staticmethod
+    def parts(n: int, offset: int) -> Iterator[tuple[slice, slice, bool]]:
+        """Queries, the keys that they read, and whether those are their own: some queries at a time, as the kernel
+        skips nothing inside its blocks."""
+        rows = max(256, -(-n // 4))
+        for start in range(0, n, rows):
+            now, after = slice(start, min(start + rows, n)), offset + start
+            yield now, slice(0, after), False
+            yield now, slice(after, offset + now.stop), True
+
+    @staticmethod
     def forward(ctx: Any, q: Query, k: Key, v: Value, offset: int, scale: float | None) -> Tensor:
-        attend, how = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, {"scale": scale}
-        before, before_lse = attend(q, k[:, :, :offset], v[:, :, :offset], 0.0, False, **how)
-        own, own_lse = attend(q, k[:, :, offset:], v[:, :, offset:], 0.0, True, **how)
-        lse = torch.logaddexp(before_lse, own_lse)
-        out = torch.lerp(before, own, (own_lse - lse).exp()[..., None].to(q.dtype))
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.offset, ctx.how = offset, how
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        found: list[tuple[Tensor, Tensor]] = []
+        for now, keys, own in _After.parts(q.shape[2], offset):
+            y, lse = attend(q[:, :, now], k[:, :, keys], v[:, :, keys], 0.0, own, scale=scale)
+            if own:
+                before, before_lse = found.pop()
+                lse, own_lse = torch.logaddexp(before_lse, lse), lse
+                y = torch.lerp(before, y, (own_lse - lse).exp()[..., None].to(q.dtype))
+            found.append((y, lse))
+        # As queries lie, so that heads are joined without a copy.
+        out = torch.cat([y.transpose(1, 2) for y, _ in found], 1).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, torch.cat([lse for _, lse in found], 2))
+        ctx.offset, ctx.scale = offset, scale
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        share, offset = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, ctx.offset
-
-        def part(keys: slice, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-            return share(grad, q, k[:, :, keys], v[:, :, keys], out, lse, 0.0, causal, **ctx.how)
-
-        before, own = part(slice(0, offset), False), part(slice(offset, None), True)
-        by_k, by_v = (torch.cat([a, b], 2) for a, b in zip(before[1:], own[1:], strict=True))
-        return before[0] + own[0], by_k, by_v, None, None
+        share = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        by_q, by_k, by_v = (torch.zeros_like(t) for t in (q, k, v))
+        for now, keys, own in _After.parts(q.shape[2], ctx.offset):
+            given = grad[:, :, now], q[:, :, now], k[:, :, keys], v[:, :, keys], out[:, :, now], lse[:, :, now]
+            parts = share(*given, 0.0, own, scale=ctx.scale)
+            for total, at, part in zip((by_q, by_k, by_v), (now, keys, keys), parts, strict=True):
+                total[:, :, at] += part
+        return by_q, by_k, by_v, None, None
 
 
 @torch.compiler.assume_constant_result
