@@ -43,7 +43,7 @@ class Limits:
     rounds at a length, seconds to fill a cache."""
 
     subquadratic: float = 60.0
-    call: float = 15.0
+    call: float = 40.0
     baseline: float = 300.0
     again: float = 60.0
     turn: float = 20.0
