@@ -1,5 +1,8 @@
 """What is counted instead of timed: FLOPs and bytes."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,3 +66,24 @@ def test_too_much_memory_is_an_error_that_is_known():
     assert memory.is_out_of_memory(found.value)
     assert not memory.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert torch.ones(8).sum() == 8
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and glibc are of Linux")
+def test_kept_memory_does_not_widen_the_bound():
+    """What was freed and kept counts as free already; counted as used too, a call could have it twice."""
+    program = """
+import resource, torch
+from crosslight.bench import memory
+
+def room():
+    with memory.bounded(), open("/proc/self/statm") as file:
+        return resource.getrlimit(resource.RLIMIT_AS)[0] - int(file.read().split()[0]) * resource.getpagesize()
+
+memory.keep_freed()
+blocks = [torch.empty(1 << 27) for _ in range(8)]  # 4 GiB of addresses, untouched
+last, before = torch.empty(1 << 20), room()  # behind them, so that they cannot be given back
+del blocks
+print(before - room() >> 20)
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(found.stdout) > 3500, found.stderr

@@ -129,7 +129,7 @@ def bounded() -> Iterator[None]:
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
+        used = int(file.read().split()[0]) * resource.getpagesize() - _kept()
     resource.setrlimit(
         resource.RLIMIT_AS, (used + free if hard == resource.RLIM_INFINITY else min(used + free, hard), hard)
     )
@@ -137,6 +137,23 @@ def bounded() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+#: The fields of malloc.h's struct mallinfo2, each a size_t.
+_MALLINFO = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+
+
+class _Mallinfo(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _MALLINFO)
+
+
+def _kept() -> int:
+    """Bytes of address space that glibc holds for later blocks: of what was given back, they are not in memory."""
+    libc = _glibc()
+    if libc is None or not hasattr(libc, "mallinfo2"):
+        return 0
+    libc.mallinfo2.restype = _Mallinfo
+    return libc.mallinfo2().fordblks
 
 
 def available() -> int | None:
