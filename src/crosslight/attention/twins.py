@@ -106,14 +106,9 @@ class Summaries(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, z: Stream, grid: tuple[int, int]) -> Stream:
-        r, (down, right) = self.reduction, (-side % self.reduction for side in grid)
-        cells = z.unflatten(1, grid)
-        if down or right:  # padding by nothing would copy
-            cells = F.pad(cells, (0, 0, 0, right, 0, down))
-        cells = cells.unflatten(2, (-1, r)).unflatten(1, (-1, r))
         # A convolution whose stride is its kernel is a linear map of windows.
         weight = self.conv.weight.permute(0, 2, 3, 1).flatten(1)
-        windows = cells.transpose(2, 3).flatten(3).flatten(1, 2)
+        windows = Cut(grid, (self.reduction, self.reduction)).split(z).flatten(1).unflatten(0, (len(z), -1))
         return self.norm(F.linear(windows, weight, self.conv.bias))
 
 
